@@ -1,0 +1,2 @@
+//! Keybrake.
+fn main() {}
