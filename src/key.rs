@@ -1,0 +1,219 @@
+//! A vault key as a row: what an operator granted, until when, and what became of it. The secret itself is not here.
+//!
+//! Field numbers are stored: add at the end, as an `Option` or with a default, and never use one again.
+
+use minicbor::{Decode, Encode};
+
+use crate::id::{IssuerId, KeyId};
+use crate::money::MicroUsd;
+use crate::refusal::{Code, Refusal};
+use crate::time::{DAY_MS, UnixMs};
+
+/// The longest life of a key, in seconds: 31 days.
+pub const EXPIRES_IN_SECONDS_MAX: u64 = 2_678_400;
+/// Pairs of `metadata` that a key may carry.
+pub const METADATA_PAIRS_MAX: usize = 20;
+
+/// What a vault key is and may do.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Key {
+    /// Its name in lists and records.
+    #[n(0)]
+    pub id: KeyId,
+    /// SHA-256 of the secret.
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub digest: [u8; 32],
+    /// What people call it.
+    #[n(2)]
+    pub label: String,
+    /// Whose API it opens.
+    #[n(3)]
+    pub vendor: String,
+    /// Which operations.
+    #[n(4)]
+    pub grants: Vec<Grant>,
+    /// How much.
+    #[n(5)]
+    pub caps: Caps,
+    /// What counts as the same call.
+    #[n(6)]
+    pub idempotency: Idempotency,
+    /// How long answers are remembered, in days.
+    #[n(7)]
+    pub remember_days: u32,
+    /// Whether answers keep `client_secret`.
+    #[n(8)]
+    pub client_secrets: bool,
+    /// Copied into every audit record of the key.
+    #[n(9)]
+    pub metadata: Vec<(String, String)>,
+    /// When it was made.
+    #[n(10)]
+    pub created_at: UnixMs,
+    /// From when on it opens nothing.
+    #[n(11)]
+    pub expires_at: UnixMs,
+    /// When an operator revoked it.
+    #[n(12)]
+    pub revoked_at: Option<UnixMs>,
+    /// When this program closed it, because Stripe executed more than was held.
+    #[n(13)]
+    pub closed_at: Option<UnixMs>,
+    /// Who made it; the admin key when `None`.
+    #[n(14)]
+    pub issuer: Option<IssuerId>,
+    /// Whose counters it shares.
+    #[n(15)]
+    pub budget: Option<String>,
+}
+
+/// One operation that a key may call.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Grant {
+    /// The operation's template, such as `GET /v1/charges/{charge}`.
+    #[n(0)]
+    pub operation: String,
+    /// The entry as it was written.
+    #[n(1)]
+    pub written: String,
+    /// Whether it was written with a `*`.
+    #[n(2)]
+    pub wildcard: bool,
+}
+
+/// The limits of a key; all must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Caps {
+    /// Per UTC day, or for the whole life of a key that lives a day or less.
+    #[n(0)]
+    pub daily: Option<MicroUsd>,
+    /// For the whole life.
+    #[n(1)]
+    pub total: Option<MicroUsd>,
+    /// For one call.
+    #[n(2)]
+    pub per_request: Option<MicroUsd>,
+    /// Money out, counted apart, in the window of `daily`.
+    #[n(3)]
+    pub daily_out: Option<MicroUsd>,
+    /// Money calls that are spent, held or in doubt.
+    #[n(4)]
+    pub max_calls: Option<u64>,
+    /// The operator said that no dollar cap is meant.
+    #[n(5)]
+    pub uncapped: bool,
+}
+
+/// What counts as the same call.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Idempotency {
+    /// The caller's own key, which must be one that a new run would send again.
+    #[n(0)]
+    Required,
+    /// The caller's key, whatever it is.
+    #[n(1)]
+    Client,
+    /// What is charged, whatever key the caller sends.
+    #[n(2)]
+    Content {
+        /// What the calls of this key are about, such as `billing:2026-07`.
+        #[n(0)]
+        scope: String,
+        /// Parameters whose values tell one call from another; empty means the operation's default.
+        #[n(1)]
+        fields: Vec<String>,
+    },
+}
+
+impl Idempotency {
+    /// The mode's name.
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Required => "required",
+            Self::Client => "client",
+            Self::Content { .. } => "content",
+        }
+    }
+}
+
+/// What became of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It opens what it grants.
+    Active,
+    /// Its time is over.
+    Expired,
+    /// An operator revoked it.
+    Revoked,
+    /// Stripe executed more than was held.
+    Closed,
+}
+
+impl Status {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Active, Self::Expired, Self::Revoked, Self::Closed];
+
+    /// The name in lists and filters.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+impl Key {
+    /// What became of it by `now`.
+    pub fn status(&self, now: UnixMs) -> Status {
+        if self.revoked_at.is_some() {
+            Status::Revoked
+        } else if self.closed_at.is_some() {
+            Status::Closed
+        } else if now >= self.expires_at {
+            Status::Expired
+        } else {
+            Status::Active
+        }
+    }
+
+    /// Refuses a key that opens nothing any more.
+    ///
+    /// # Errors
+    /// `vault_key_expired`, `vault_key_revoked` or `vault_key_closed`.
+    pub fn alive(&self, now: UnixMs) -> Result<(), Refusal> {
+        match self.status(now) {
+            Status::Active => Ok(()),
+            Status::Expired => Err(Refusal::new(
+                Code::VaultKeyExpired,
+                format!("This vault key ({}) expired at {}. Mint a new one.", self.id, self.expires_at),
+            )),
+            Status::Revoked => {
+                Err(Refusal::new(Code::VaultKeyRevoked, format!("This vault key ({}) was revoked.", self.id)))
+            }
+            Status::Closed => Err(Refusal::new(
+                Code::VaultKeyClosed,
+                format!(
+                    "This vault key ({}) was closed: Stripe executed more than was held for one of its calls.",
+                    self.id
+                ),
+            )),
+        }
+    }
+
+    /// Whether the daily cap spans the key's whole life instead of a UTC day.
+    pub fn lives_a_day_or_less(&self) -> bool {
+        self.expires_at.millis_since(self.created_at) <= DAY_MS
+    }
+
+    /// The grant under which an operation may be called.
+    pub fn grant_for(&self, operation: &str) -> Option<&Grant> {
+        self.grants.iter().find(|grant| grant.operation == operation)
+    }
+
+    /// Whether no dollar cap bounds what comes in.
+    pub fn is_uncapped(&self) -> bool {
+        self.caps.uncapped && self.caps.daily.is_none()
+    }
+}

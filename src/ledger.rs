@@ -1,0 +1,382 @@
+//! The ledger: what is held, spent and remembered, and the record of it. Durable before anything is answered.
+//!
+//! - One writer takes every command that waits, runs the pure [`rules`] on what it loads, and commits once for all of
+//!   them; nobody is answered before that commit. Reads run beside it, on snapshots.
+//! - Holds, counters, calls, audit records and keys change together in one transaction or not at all.
+//! - [`Held`] can only be made here, by a reserve that is durable. Whoever forwards a money call must show one.
+//! - A write that fails latches: nothing is written or admitted until the process is started again, because nobody
+//!   knows what of it survived.
+//! - Nothing in here or below knows Stripe.
+
+pub mod counter;
+pub mod entry;
+pub mod query;
+pub mod redb;
+pub mod row;
+pub mod rules;
+pub mod writer;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::audit::Entry;
+use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, StoredAnswer};
+use crate::hold::{ExactRequest, Facts, Hold};
+use crate::id::{BootId, CallId, HoldId, KeyId, LedgerId};
+use crate::key::Key;
+use crate::ledger::redb::RedbStore;
+use crate::ledger::row::BindingRow;
+use crate::ledger::rules::Admit;
+use crate::ledger::rules::resolve::{Record, Resolve};
+use crate::ledger::writer::Command;
+use crate::refusal::Refusal;
+use crate::secret::Mode;
+use crate::time::{Clock, UnixMs};
+
+/// Commands that may wait for the writer.
+const COMMANDS_WAITING_MAX: usize = 4_096;
+
+/// Why the ledger gave no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// It cannot be read or written.
+    #[error("the ledger cannot be used: {0}")]
+    Unavailable(String),
+    /// A stored value is not what it should be.
+    #[error("the ledger holds something that is no {0}")]
+    Corrupt(&'static str),
+    /// Another process has it open.
+    #[error("another process is using this ledger; every sidecar needs a DATA_DIR of its own")]
+    Locked,
+    /// Written by a newer version of this program.
+    #[error("the ledger has format {found}, and this build reads formats up to {known}: use a newer keybrake")]
+    NewerFormat {
+        /// The file's format.
+        found: u32,
+        /// The highest that is read.
+        known: u32,
+    },
+    /// Bound to another account or mode.
+    #[error("this ledger belongs to {bound}, and the Stripe key to {offered}: use a DATA_DIR of its own for it")]
+    BoundElsewhere {
+        /// To what it is bound.
+        bound: String,
+        /// What was offered.
+        offered: String,
+    },
+    /// The thing named does not exist.
+    #[error("there is no such thing")]
+    NotFound,
+    /// The counters contradict the holds.
+    #[error("the ledger contradicts itself: {0}")]
+    Contradiction(&'static str),
+}
+
+impl From<counter::Contradiction> for LedgerError {
+    fn from(_: counter::Contradiction) -> Self {
+        Self::Contradiction("the counters do not carry a hold as it was")
+    }
+}
+
+/// What an admitted call must be sent with: the proof that its money is durably held.
+///
+/// Not clonable. When it is dropped without [`Ledger::resolve`], nothing is released: the hold stays as it is, and is a
+/// doubt after the next start.
+#[must_use = "the hold stays held until it is resolved"]
+#[derive(Debug)]
+pub struct Held {
+    hold_id: HoldId,
+    call_id: CallId,
+    request: ExactRequest,
+    basis: KeyBasis,
+    first_send: bool,
+    resend_until: Option<UnixMs>,
+}
+
+impl Held {
+    /// Exactly what is to be sent.
+    pub fn request(&self) -> &ExactRequest {
+        &self.request
+    }
+
+    /// The call.
+    pub fn call_id(&self) -> CallId {
+        self.call_id
+    }
+
+    /// Where its upstream key comes from.
+    pub fn basis(&self) -> &KeyBasis {
+        &self.basis
+    }
+
+    /// Whether bytes of this attempt can have left before.
+    pub fn first_send(&self) -> bool {
+        self.first_send
+    }
+
+    /// Whether the same request may be sent again at `now`, should its outcome stay unknown.
+    pub fn may_be_resent(&self, now: UnixMs) -> bool {
+        self.resend_until.is_some_and(|until| now < until)
+    }
+
+    fn of(effects: &rules::Effects, basis: KeyBasis) -> Result<Self, LedgerError> {
+        let missing = || LedgerError::Contradiction("an admitted call has no hold");
+        let (_, hold) = effects.hold.as_ref().ok_or_else(missing)?;
+        let live = hold.live.as_ref().ok_or_else(missing)?;
+        let call = effects.calls.first().ok_or_else(missing)?;
+        let attempt = call.last_attempt().ok_or_else(missing)?;
+        Ok(Self {
+            hold_id: hold.id,
+            call_id: hold.call_id,
+            request: live.request.clone(),
+            basis,
+            first_send: attempt.sends <= 1,
+            resend_until: attempt
+                .upstream_key
+                .as_ref()
+                .map(|_| attempt.first_send.plus_millis(RESEND_WITHIN_MS)),
+        })
+    }
+}
+
+/// What the ledger says to a money call.
+#[derive(Debug)]
+pub enum Admitted {
+    /// Held: send it.
+    Held(Held),
+    /// Done before: give this answer.
+    Replay {
+        /// The call.
+        call_id: CallId,
+        /// Its answer.
+        answer: StoredAnswer,
+    },
+    /// No.
+    Refused(Refusal),
+}
+
+/// Who asks for a change by hand, and how it is recorded.
+#[derive(Clone, Debug)]
+pub struct Actor(pub String);
+
+/// The handle that everybody holds: sends commands to the writer, reads snapshots itself.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    commands: mpsc::Sender<Command>,
+    store: Store,
+    boot: BootId,
+}
+
+/// The stores that a ledger can live in.
+#[derive(Clone, Debug)]
+enum Store {
+    Redb(Arc<RedbStore>),
+}
+
+/// How to open a ledger.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// The sidecar's label in audit records.
+    pub node: String,
+    /// The mode of the Stripe key.
+    pub mode: Mode,
+    /// The clock.
+    pub clock: Clock,
+    /// This run of the process.
+    pub boot: BootId,
+    /// An id for a ledger that does not exist yet.
+    pub fresh_id: LedgerId,
+    /// A salt for a ledger that does not exist yet.
+    pub fresh_salt: [u8; 32],
+    /// How long audit records are kept, in days.
+    pub audit_days: u32,
+}
+
+impl Ledger {
+    /// Opens or makes the ledger file, turns what an earlier run was sending into doubts, and starts the writer.
+    ///
+    /// # Errors
+    /// [`LedgerError::Locked`], [`LedgerError::NewerFormat`], [`LedgerError::BoundElsewhere`] for a key of the other
+    /// mode, or [`LedgerError::Unavailable`].
+    pub fn open(path: &Path, opening: Opening) -> Result<Self, LedgerError> {
+        Ok(Self::start(RedbStore::open_file(path, &opening)?, opening))
+    }
+
+    /// The same on a storage backend: the seam at which crashes are simulated.
+    ///
+    /// # Errors
+    /// As [`Ledger::open`].
+    pub fn open_backend(backend: impl ::redb::StorageBackend, opening: Opening) -> Result<Self, LedgerError> {
+        Ok(Self::start(RedbStore::open_backend(backend, &opening)?, opening))
+    }
+
+    fn start(store: RedbStore, opening: Opening) -> Self {
+        let store = Arc::new(store);
+        let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
+        let boot = opening.boot;
+        writer::spawn(Arc::clone(&store), waiting, opening);
+        Self { commands, store: Store::Redb(store), boot }
+    }
+
+    /// This run of the process.
+    pub fn boot(&self) -> BootId {
+        self.boot
+    }
+
+    /// The ledger's id.
+    pub fn id(&self) -> LedgerId {
+        self.redb().id()
+    }
+
+    /// The salt of its digests.
+    pub fn salt(&self) -> &[u8; 32] {
+        self.redb().salt()
+    }
+
+    /// The time: the machine's clock, held where it was when that is set back.
+    pub fn now(&self) -> UnixMs {
+        self.redb().now()
+    }
+
+    /// Why nothing can be written any more; `None` while all is well.
+    pub fn failure(&self) -> Option<String> {
+        self.redb().failure()
+    }
+
+    /// The store, for reads: the verbs of [`query`] are there.
+    pub fn redb(&self) -> &RedbStore {
+        let Store::Redb(store) = &self.store;
+        store
+    }
+
+    /// Judges a money call and, when it is let through, holds its money durably.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: nothing is held, and nothing may be sent.
+    pub async fn admit(&self, key_id: KeyId, admit: Admit) -> Result<Admitted, LedgerError> {
+        self.ask(|reply| Command::Admit { key_id, admit: Box::new(admit), reply }).await
+    }
+
+    /// Settles, voids or doubts a hold; durable when it returns.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the hold stays counted and is a doubt after the next start.
+    pub async fn resolve(&self, held: Held, resolve: Resolve) -> Result<(), LedgerError> {
+        let Held { hold_id, call_id, .. } = held;
+        self.ask(|reply| Command::Resolve { hold_id, call_id, resolve: Box::new(resolve), reply }).await
+    }
+
+    /// Ends an open or doubtful hold by Stripe's own record of its object.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the hold stays as it is.
+    pub async fn observe(&self, object: String, facts: Facts, record: Record) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Observe { object, facts: Box::new(facts), record, reply }).await
+    }
+
+    /// Records a refusal, or counts it with its equals of the same minute.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it is not recorded.
+    pub async fn refused(
+        &self,
+        key_id: KeyId,
+        facts: Facts,
+        refusal: Refusal,
+        duration_ms: u64,
+    ) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Refused {
+            key_id,
+            facts: Box::new(facts),
+            refusal: Box::new(refusal),
+            duration_ms,
+            reply,
+        })
+        .await
+    }
+
+    /// Records an entry whose time the writer fills in.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it is not recorded.
+    pub async fn record(&self, entry: Entry) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Record { entry: Box::new(entry), reply }).await
+    }
+
+    /// Stores a new vault key.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: there is no such key.
+    pub async fn issue_key(&self, key: Key, actor: Actor) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::IssueKey { key: Box::new(key), actor, reply }).await
+    }
+
+    /// Revokes a vault key; revoking twice is the same as once.
+    ///
+    /// # Errors
+    /// [`LedgerError::NotFound`], or the key stays as it was.
+    pub async fn revoke_key(&self, key_id: KeyId, actor: Actor) -> Result<Key, LedgerError> {
+        self.ask(|reply| Command::RevokeKey { key_id, actor, reply }).await
+    }
+
+    /// Stops every call, or lets them through again.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the switch stays as it was.
+    pub async fn set_kill_switch(&self, on: bool, reason: String, actor: Actor) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::KillSwitch { on, reason, actor, reply }).await
+    }
+
+    /// Binds the ledger to the account of a Stripe key, or confirms that it is bound to it.
+    ///
+    /// # Errors
+    /// [`LedgerError::BoundElsewhere`] when it belongs to another account.
+    pub async fn bind(&self, account: String, key_digest: [u8; 32]) -> Result<BindingRow, LedgerError> {
+        self.ask(|reply| Command::Bind { account, key_digest, reply }).await
+    }
+
+    /// Lowers the clock's high-water mark to the machine's clock, after it was set wrongly forward and back.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the mark stays.
+    pub async fn lower_clock(&self, reason: String, actor: Actor) -> Result<(UnixMs, UnixMs), LedgerError> {
+        self.ask(|reply| Command::LowerClock { reason, actor, reply }).await
+    }
+
+    /// Returns when everything that was sent before is durable.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: something of it may not be.
+    pub async fn flush(&self) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Flush { reply }).await
+    }
+
+    /// Lets the writer prune, count and index what is due.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it is done at the next tick.
+    pub async fn tick(&self) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Tick { reply }).await
+    }
+
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, LedgerError>>) -> Command,
+    ) -> Result<T, LedgerError> {
+        let gone = || LedgerError::Unavailable("its writer has stopped".to_owned());
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+/// A hold with the call that it belongs to, for lists.
+#[derive(Clone, Debug)]
+pub struct HoldView {
+    /// The hold.
+    pub hold: Hold,
+    /// Its last call.
+    pub call: Option<Call>,
+}

@@ -1,0 +1,90 @@
+//! Audit entries of the ledger's own events.
+
+use serde_json::{Map, Value};
+
+use crate::audit::{Decision, Entry, Event, RecordedOutcome};
+use crate::hold::{Facts, Hold};
+use crate::key::Key;
+use crate::refusal::Refusal;
+use crate::time::UnixMs;
+
+/// A list of pairs as a JSON object; `None` when it is empty.
+pub fn object_of(pairs: &[(String, String)]) -> Option<Map<String, Value>> {
+    let object: Map<String, Value> =
+        pairs.iter().map(|(name, value)| (name.clone(), Value::String(value.clone()))).collect();
+    (!object.is_empty()).then_some(object)
+}
+
+/// What every record about a request under a key says.
+pub fn of_request(at: UnixMs, event: Event, key: &Key, facts: &Facts) -> Entry {
+    Entry {
+        at: at.to_string(),
+        event,
+        request_id: Some(facts.request_id.clone()),
+        key_id: Some(key.id.to_string()),
+        issuer_id: key.issuer.map(|issuer| issuer.to_string()),
+        label: Some(key.label.clone()),
+        metadata: object_of(&key.metadata),
+        method: Some(facts.method.clone()),
+        endpoint: Some(facts.endpoint.clone()),
+        idempotency_key: facts.idempotency_key.clone(),
+        customer: facts.customer.clone(),
+        object_id: facts.object_id.clone(),
+        stripe_metadata: object_of(&facts.stripe_metadata),
+        ..Entry::default()
+    }
+}
+
+/// One event of a money call.
+pub fn of_call(
+    at: UnixMs,
+    event: Event,
+    outcome: RecordedOutcome,
+    key: &Key,
+    hold: &Hold,
+    facts: &Facts,
+) -> Entry {
+    Entry {
+        call_id: Some(hold.call_id.to_string()),
+        hold_id: Some(hold.id.to_string()),
+        decision: Some(Decision::Forwarded),
+        outcome: Some(outcome),
+        amount: hold.currency.map(|_| hold.minor),
+        currency: hold.currency.map(|currency| currency.as_str().to_owned()),
+        usd: hold.currency.map(|_| hold.usd.to_string()),
+        object_id: hold.object_id.clone().or_else(|| facts.object_id.clone()),
+        ..of_request(at, event, key, facts)
+    }
+}
+
+/// One refusal.
+pub fn of_refusal(at: UnixMs, key: &Key, facts: &Facts, refusal: &Refusal, duration_ms: u64) -> Entry {
+    Entry {
+        decision: Some(Decision::Refused),
+        code: Some(refusal.code.as_str().to_owned()),
+        outcome: Some(RecordedOutcome::None),
+        count: Some(1),
+        duration_ms: Some(duration_ms),
+        ..of_request(at, Event::Refused, key, facts)
+    }
+}
+
+/// One event of an admin's doing.
+pub fn of_admin(
+    at: UnixMs,
+    event: Event,
+    actor: &str,
+    key: Option<&Key>,
+    detail: Map<String, Value>,
+) -> Entry {
+    Entry {
+        at: at.to_string(),
+        event,
+        key_id: key.map(|key| key.id.to_string()),
+        label: key.map(|key| key.label.clone()),
+        metadata: key.and_then(|key| object_of(&key.metadata)),
+        actor: Some(actor.to_owned()),
+        detail: (!detail.is_empty()).then_some(detail),
+        ..Entry::default()
+    }
+}

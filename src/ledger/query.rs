@@ -1,0 +1,399 @@
+//! Reads, on snapshots: they see what is durable and never wait for the writer.
+
+use redb::{ReadableTable, TableError};
+use serde_json::{Map, Value};
+
+use crate::audit::{Broken, Sealed, Verifier};
+use crate::call::{Call, CallState};
+use crate::hold::{Hold, Lane, Subject};
+use crate::id::{CallId, HoldId, Identity, KeyId};
+use crate::key::{Key, Status};
+use crate::ledger::counter::Counter;
+use crate::ledger::redb::RedbStore;
+use crate::ledger::redb::upkeep::call_of;
+use crate::ledger::row::{
+    self, AUDIT, AUDIT_LAST, AuditFloorRow, BindingRow, CALL_IDS, CALLS, COUNTERS, HOLDS, KEY_DIGESTS, KEYS,
+    KillSwitchRow, META, PHASE_LIVE, meta,
+};
+use crate::ledger::{LedgerError, HoldView};
+use crate::time::{Day, UnixMs};
+
+/// Rows that one page may look at before it is cut short and told to go on.
+const SCAN_ROWS_MAX: usize = 100_000;
+
+/// One page of a list.
+#[derive(Clone, Debug)]
+pub struct Page<T, C> {
+    /// What was found.
+    pub items: Vec<T>,
+    /// Where the next page begins, when there may be more.
+    pub next: Option<C>,
+}
+
+/// Which keys to list.
+#[derive(Clone, Debug, Default)]
+pub struct KeyFilter {
+    /// With exactly this label.
+    pub label: Option<String>,
+    /// Of this status.
+    pub status: Option<Status>,
+}
+
+/// Which calls to list.
+#[derive(Clone, Debug, Default)]
+pub struct CallFilter {
+    /// The caller's key, or the key that Stripe saw.
+    pub idempotency_key: Option<String>,
+    /// The customer.
+    pub customer: Option<String>,
+    /// The object at Stripe.
+    pub object_id: Option<String>,
+    /// The state.
+    pub state: Option<CallState>,
+}
+
+/// Which records to list.
+#[derive(Clone, Debug, Default)]
+pub struct AuditFilter {
+    /// Top-level fields and the values that they must have.
+    pub equal: Vec<(&'static str, String)>,
+    /// Entries of `metadata` and `stripe_metadata`.
+    pub within: Vec<(&'static str, String, String)>,
+    /// Not before.
+    pub since: Option<UnixMs>,
+    /// Before.
+    pub until: Option<UnixMs>,
+    /// Every record instead of one row for each call.
+    pub all_events: bool,
+    /// Oldest first instead of newest first.
+    pub ascending: bool,
+}
+
+/// The state of a whole chain.
+#[derive(Clone, Debug)]
+pub struct ChainState {
+    /// Records that were followed.
+    pub records: u64,
+    /// The hash of the last.
+    pub head: [u8; 32],
+    /// What is wrong with the first bad one.
+    pub broken: Option<Broken>,
+}
+
+/// A table that nobody has written yet is empty, not an error.
+macro_rules! open_or {
+    ($txn:expr, $table:expr, $empty:expr) => {
+        match $txn.open_table($table) {
+            Ok(table) => table,
+            Err(TableError::TableDoesNotExist(_)) => return Ok($empty),
+            Err(error) => return Err(error.into()),
+        }
+    };
+}
+
+impl RedbStore {
+    fn meta_row<T: for<'b> minicbor::Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, META, None);
+        let found = table.get(name)?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// To which account and mode the ledger is bound.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when it cannot be read; the same for every read here.
+    pub fn binding(&self) -> Result<BindingRow, LedgerError> {
+        self.meta_row(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))
+    }
+
+    /// Who stopped everything, if somebody did.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn kill_switch(&self) -> Result<Option<KillSwitchRow>, LedgerError> {
+        self.meta_row(meta::KILL_SWITCH)
+    }
+
+    /// The vault key with a secret's digest, and whether everything is stopped: what every request asks first.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn key_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Key>, LedgerError> {
+        let txn = self.read()?;
+        let id = {
+            let table = open_or!(txn, KEY_DIGESTS, None);
+            table.get(digest)?.map(|found| *found.value().1)
+        };
+        let Some(id) = id else { return Ok(None) };
+        let table = open_or!(txn, KEYS, None);
+        let found = table.get(&id)?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// One key.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, KEYS, None);
+        let found = table.get(id.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// Keys, newest first.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn keys(
+        &self,
+        filter: &KeyFilter,
+        after: Option<KeyId>,
+        limit: usize,
+        now: UnixMs,
+    ) -> Result<Page<Key, KeyId>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, KEYS, Page { items: Vec::new(), next: None });
+        let end = after.map_or([255; 16], |id| *id.as_bytes());
+        let mut rows = table.range::<&[u8; 16]>(..&end)?.rev().map(|found| row::decode(found?.1.value()));
+        page(&mut rows, limit, |key: &Key| key.id, |key| {
+            filter.label.as_ref().is_none_or(|label| key.label == *label)
+                && filter.status.is_none_or(|status| key.status(now) == status)
+        })
+    }
+
+    /// A key's counter of one day, or of all days, in one lane.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn counter(&self, key: KeyId, day: Day, lane: Lane) -> Result<Counter, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, COUNTERS, Counter::default());
+        let (kind, id, day, lane) = row::counter_key(&Subject::Key(key), day, lane);
+        let found = table.get((kind, &id, day, lane))?;
+        Ok(found.map(|bytes| row::decode(bytes.value())).transpose()?.unwrap_or_default())
+    }
+
+    /// Live holds, newest first, with their calls; of one state when it is named.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn holds(
+        &self,
+        state: Option<&str>,
+        after: Option<HoldId>,
+        limit: usize,
+    ) -> Result<Page<HoldView, HoldId>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, HOLDS, Page { items: Vec::new(), next: None });
+        let end = after.map_or([255; 16], |id| *id.as_bytes());
+        let mut rows = table
+            .range((PHASE_LIVE, &[0; 16])..(PHASE_LIVE, &end))?
+            .rev()
+            .map(|found| row::decode(found?.1.value()));
+        let holds = page(&mut rows, limit, |hold: &Hold| hold.id, |hold| {
+            state.is_none_or(|state| hold.state.as_str() == state)
+        })?;
+        let items = holds
+            .items
+            .into_iter()
+            .map(|hold| Ok(HoldView { call: self.call_by_id(hold.call_id)?, hold }))
+            .collect::<Result<_, LedgerError>>()?;
+        Ok(Page { items, next: holds.next })
+    }
+
+    /// One hold, live or ended.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, HOLDS, None);
+        for phase in [PHASE_LIVE, row::PHASE_ENDED] {
+            if let Some(bytes) = table.get((phase, id.as_bytes()))? {
+                return Ok(Some(row::decode(bytes.value())?));
+            }
+        }
+        Ok(None)
+    }
+
+    /// One call.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
+        let txn = self.read()?;
+        let ids = open_or!(txn, CALL_IDS, None);
+        let Some(identity) = ids.get(id.as_bytes())?.map(|found| Identity(*found.value())) else {
+            return Ok(None);
+        };
+        let calls = open_or!(txn, CALLS, None);
+        let call: Option<Call> =
+            calls.get(&identity.0)?.map(|bytes| row::decode(bytes.value())).transpose()?;
+        Ok(call.filter(|call| call.id == id))
+    }
+
+    /// Calls, newest first.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn calls(
+        &self,
+        filter: &CallFilter,
+        after: Option<CallId>,
+        limit: usize,
+    ) -> Result<Page<Call, CallId>, LedgerError> {
+        let txn = self.read()?;
+        let ids = open_or!(txn, CALL_IDS, Page { items: Vec::new(), next: None });
+        let calls = open_or!(txn, CALLS, Page { items: Vec::new(), next: None });
+        let end = after.map_or([255; 16], |id| *id.as_bytes());
+        let mut rows = ids.range::<&[u8; 16]>(..&end)?.rev().map(|found| {
+            let bytes = calls.get(found?.1.value())?;
+            row::decode(bytes.ok_or(LedgerError::Corrupt("call"))?.value())
+        });
+        page(&mut rows, limit, |call: &Call| call.id, |call| matches_call(filter, call))
+    }
+
+    /// Audit records; by default one row for each call, in its last outcome, and every other record.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn audit(
+        &self,
+        filter: &AuditFilter,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
+        let txn = self.read()?;
+        let none = Page { items: Vec::new(), next: None };
+        let table = open_or!(txn, AUDIT, none);
+        let tail = self.unindexed_last(&table)?;
+        let last = match txn.open_table(AUDIT_LAST) {
+            Ok(table) => Some(table),
+            Err(TableError::TableDoesNotExist(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let range = match (after, filter.ascending) {
+            (None, _) => table.range::<u64>(..)?,
+            (Some(after), true) => table.range(after.saturating_add(1)..)?,
+            (Some(after), false) => table.range(..after)?,
+        };
+        let mut rows: Box<dyn Iterator<Item = _>> =
+            if filter.ascending { Box::new(range) } else { Box::new(range.rev()) };
+        let mut items = Vec::new();
+        let (mut looked_at, mut at) = (0, None);
+        for found in rows.by_ref() {
+            let (seq, stored) = found?;
+            let seq = seq.value();
+            if items.len() == limit || looked_at == SCAN_ROWS_MAX {
+                return Ok(Page { items, next: at });
+            }
+            (looked_at, at) = (looked_at + 1, Some(seq));
+            let sealed = sealed_of(stored.value())?;
+            if !filter.all_events
+                && let Some(call) = call_of(&sealed.bytes)?
+            {
+                let indexed = last.as_ref().map(|last| last.get(call.as_bytes())).transpose()?.flatten();
+                let last_seq = tail.get(&call).copied().or(indexed.map(|last| last.value()));
+                if last_seq != Some(seq) {
+                    continue;
+                }
+            }
+            let record = sealed.to_json();
+            if matches_record(filter, &record) {
+                items.push(record);
+            }
+        }
+        Ok(Page { items, next: None })
+    }
+
+    /// The last event of each call in the part of the log that the index does not cover yet.
+    fn unindexed_last(
+        &self,
+        audit: &impl ReadableTable<u64, row::Bytes>,
+    ) -> Result<std::collections::HashMap<CallId, u64>, LedgerError> {
+        let indexed: u64 = self.meta_row(meta::INDEXED_TO)?.unwrap_or(0);
+        let mut last = std::collections::HashMap::new();
+        for found in audit.range(indexed.saturating_add(1)..)? {
+            let (seq, stored) = found?;
+            if let Some(call) = call_of(&sealed_of(stored.value())?.bytes)? {
+                last.insert(call, seq.value());
+            }
+        }
+        Ok(last)
+    }
+
+    /// Follows the whole chain that is kept.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when it cannot be read; a chain that is broken is a result.
+    pub fn verify_chain(&self) -> Result<ChainState, LedgerError> {
+        let mut verifier = match self.meta_row::<AuditFloorRow>(meta::AUDIT_FLOOR)? {
+            Some(floor) => Verifier::from_record(floor.seq, floor.prev_hash.into()),
+            None => Verifier::default(),
+        };
+        let txn = self.read()?;
+        let empty = ChainState { records: 0, head: verifier.head(), broken: None };
+        let table = open_or!(txn, AUDIT, empty);
+        let mut records = 0;
+        for found in table.iter()? {
+            let sealed = sealed_of(found?.1.value())?;
+            if let Err(broken) = verifier.follow(&sealed) {
+                return Ok(ChainState { records, head: verifier.head(), broken: Some(broken) });
+            }
+            records += 1;
+        }
+        Ok(ChainState { records, head: verifier.head(), broken: None })
+    }
+}
+
+fn sealed_of(stored: &[u8]) -> Result<Sealed, LedgerError> {
+    let (hash, bytes) = crate::ledger::redb::tx::split_sealed(stored)?;
+    Ok(Sealed { bytes: bytes.to_vec(), hash })
+}
+
+fn page<T, C>(
+    rows: &mut dyn Iterator<Item = Result<T, LedgerError>>,
+    limit: usize,
+    cursor: impl Fn(&T) -> C,
+    wanted: impl Fn(&T) -> bool,
+) -> Result<Page<T, C>, LedgerError> {
+    let mut items = Vec::new();
+    let (mut looked_at, mut at) = (0, None);
+    for item in rows {
+        let item = item?;
+        if items.len() == limit || looked_at == SCAN_ROWS_MAX {
+            return Ok(Page { items, next: at });
+        }
+        (looked_at, at) = (looked_at + 1, Some(cursor(&item)));
+        if wanted(&item) {
+            items.push(item);
+        }
+    }
+    Ok(Page { items, next: None })
+}
+
+fn matches_call(filter: &CallFilter, call: &Call) -> bool {
+    let same = |wanted: &Option<String>, found: &Option<String>| {
+        wanted.as_ref().is_none_or(|wanted| found.as_ref() == Some(wanted))
+    };
+    let key = filter.idempotency_key.as_ref().is_none_or(|wanted| {
+        call.caller_key.as_ref() == Some(wanted)
+            || call.attempts.iter().any(|attempt| attempt.upstream_key.as_ref() == Some(wanted))
+    });
+    key && same(&filter.customer, &call.customer)
+        && same(&filter.object_id, &call.object_id)
+        && filter.state.is_none_or(|state| call.state == state)
+}
+
+fn matches_record(filter: &AuditFilter, record: &Map<String, Value>) -> bool {
+    let text = |field: &str| record.get(field).and_then(Value::as_str);
+    let at = text("at").and_then(UnixMs::parse).unwrap_or_default();
+    filter.since.is_none_or(|since| at >= since)
+        && filter.until.is_none_or(|until| at < until)
+        && filter.equal.iter().all(|(field, wanted)| text(field) == Some(wanted))
+        && filter.within.iter().all(|(field, name, wanted)| {
+            record.get(*field).and_then(|object| object.get(name)).and_then(Value::as_str) == Some(wanted)
+        })
+}

@@ -1,0 +1,370 @@
+//! The ledger in one redb file: load, ask the rules, store, in one write transaction for each batch.
+
+pub(crate) mod tx;
+pub(crate) mod upkeep;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use minicbor::bytes::ByteArray;
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
+use serde_json::{Map, Value};
+
+use crate::audit::{Entry, Event};
+use crate::id::{BootId, LedgerId};
+use crate::ledger::redb::tx::{Head, Tx};
+use crate::ledger::row::{self, BindingRow, FORMAT, meta};
+use crate::ledger::rules::{self, Verdict, resolve};
+use crate::ledger::writer::{Command, Reply};
+use crate::ledger::{Admitted, Held, LedgerError, Opening, entry};
+use crate::time::{Clock, UnixMs};
+
+macro_rules! storage_errors {
+    ($($error:ty),*) => { $(
+        impl From<$error> for LedgerError {
+            fn from(error: $error) -> Self {
+                Self::Unavailable(error.to_string())
+            }
+        }
+    )* };
+}
+storage_errors!(
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+    redb::SetDurabilityError
+);
+
+impl From<redb::DatabaseError> for LedgerError {
+    fn from(error: redb::DatabaseError) -> Self {
+        match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => Self::Locked,
+            other => Self::Unavailable(other.to_string()),
+        }
+    }
+}
+
+/// An open ledger file.
+#[derive(Debug)]
+pub struct RedbStore {
+    db: Database,
+    id: LedgerId,
+    salt: [u8; 32],
+    failure: Mutex<Option<String>>,
+    /// The highest time that was ever used: the clock may not go back, or windows and remembered times would open again.
+    mark: AtomicU64,
+    clock: Clock,
+}
+
+impl RedbStore {
+    pub(crate) fn open_file(path: &Path, opening: &Opening) -> Result<Self, LedgerError> {
+        Self::prepare(Database::create(path)?, opening)
+    }
+
+    pub(crate) fn open_backend(
+        backend: impl StorageBackend,
+        opening: &Opening,
+    ) -> Result<Self, LedgerError> {
+        Self::prepare(Database::builder().create_with_backend(backend)?, opening)
+    }
+
+    /// Makes what is missing, checks what is there, and turns an earlier run's sending holds into doubts, all before
+    /// anybody can ask.
+    fn prepare(db: Database, opening: &Opening) -> Result<Self, LedgerError> {
+        let txn = begin(&db)?;
+        let mut tx = Tx::open(&txn, opening, None)?;
+        let found: Option<u32> = tx.meta(meta::FORMAT)?;
+        if let Some(found) = found.filter(|found| *found > FORMAT) {
+            return Err(LedgerError::NewerFormat { found, known: FORMAT });
+        }
+        let now = opening.clock.now().max(tx.mark()?);
+        if found.is_none() {
+            tx.create(opening, now)?;
+        }
+        tx.check_mode(opening)?;
+        tx.doubt_orphans(opening.boot, now)?;
+        let (id, salt) = (tx.ledger_id()?, tx.salt()?);
+        drop(tx);
+        txn.commit()?;
+        let mark = AtomicU64::new(now.millis());
+        Ok(Self { db, id, salt, failure: Mutex::new(None), mark, clock: opening.clock.clone() })
+    }
+
+    /// The ledger's id.
+    pub fn id(&self) -> LedgerId {
+        self.id
+    }
+
+    /// The salt of its digests.
+    pub fn salt(&self) -> &[u8; 32] {
+        &self.salt
+    }
+
+    /// Why nothing can be written any more.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The time: the machine's clock, held where it was when that is set back.
+    pub fn now(&self) -> UnixMs {
+        let wall = self.clock.now();
+        UnixMs::from_millis(self.mark.fetch_max(wall.millis(), Ordering::SeqCst)).max(wall)
+    }
+
+    pub(crate) fn read(&self) -> Result<redb::ReadTransaction, LedgerError> {
+        Ok(self.db.begin_read()?)
+    }
+
+    pub(crate) fn writer(&self, opening: &Opening) -> Writer<'_> {
+        Writer { store: self, opening: opening.clone(), head: None }
+    }
+
+    fn fail(&self, error: &LedgerError) {
+        tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+    }
+}
+
+fn begin(db: &Database) -> Result<WriteTransaction, LedgerError> {
+    let mut txn = db.begin_write()?;
+    txn.set_durability(Durability::Immediate)?;
+    Ok(txn)
+}
+
+/// Executes batches. Owned by the writer thread.
+#[derive(Debug)]
+pub struct Writer<'a> {
+    store: &'a RedbStore,
+    opening: Opening,
+    /// The end of the chain as the last commit left it.
+    head: Option<Head>,
+}
+
+/// An answer that waits for the commit.
+type Waiting = Box<dyn FnOnce(Option<&LedgerError>)>;
+
+impl Writer<'_> {
+    /// Executes a batch, commits once, and only then answers.
+    pub fn commit(&mut self, batch: Vec<Command>) {
+        if let Some(why) = self.store.failure() {
+            let error = LedgerError::Unavailable(why);
+            batch.into_iter().for_each(|command| refuse_command(command, &error));
+            return;
+        }
+        let mut waiting = Vec::with_capacity(batch.len());
+        let result = self.try_commit(batch, &mut waiting);
+        if let Err(error) = &result {
+            self.store.fail(error);
+        }
+        for answer in waiting {
+            answer(result.as_ref().err());
+        }
+    }
+
+    fn try_commit(
+        &mut self,
+        batch: Vec<Command>,
+        waiting: &mut Vec<Waiting>,
+    ) -> Result<(), LedgerError> {
+        let txn = match begin(&self.store.db) {
+            Ok(txn) => txn,
+            Err(error) => {
+                batch.into_iter().for_each(|command| refuse_command(command, &error));
+                return Err(error);
+            }
+        };
+        let mut commands = batch.into_iter();
+        let mut tx = match Tx::open(&txn, &self.opening, self.head) {
+            Ok(tx) => tx,
+            Err(error) => {
+                commands.for_each(|command| refuse_command(command, &error));
+                return Err(error);
+            }
+        };
+        let mut broken = None;
+        for command in commands.by_ref() {
+            let now = self.store.now();
+            match execute(self.store, &mut tx, command, now, self.opening.boot) {
+                Ok(answer) => waiting.push(answer),
+                Err((answer, error)) => {
+                    waiting.push(answer);
+                    broken = Some(error);
+                    break;
+                }
+            }
+        }
+        if let Some(error) = broken {
+            commands.for_each(|command| refuse_command(command, &error));
+            return Err(error);
+        }
+        let (wrote, head) = (tx.wrote(), tx.head());
+        drop(tx);
+        if !wrote {
+            return Ok(txn.abort()?);
+        }
+        txn.commit()?;
+        self.head = Some(head);
+        Ok(())
+    }
+}
+
+type Executed = Result<Waiting, (Waiting, LedgerError)>;
+
+/// Pairs what a command came to with whoever waits for it. An error of storage breaks the batch; any other error is the
+/// command's own, and it has written nothing.
+fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Executed {
+    let breaks = match &result {
+        Err(error @ LedgerError::Unavailable(_)) => Some(error.clone()),
+        Err(
+            LedgerError::Corrupt(_)
+            | LedgerError::Locked
+            | LedgerError::NewerFormat { .. }
+            | LedgerError::BoundElsewhere { .. }
+            | LedgerError::NotFound
+            | LedgerError::Contradiction(_),
+        )
+        | Ok(_) => None,
+    };
+    let waiting: Waiting = Box::new(move |failed| {
+        // Whoever asked may have gone; what was done stays done.
+        let _ = reply.send(match failed {
+            Some(error) => Err(error.clone()),
+            None => result,
+        });
+    });
+    match breaks {
+        Some(error) => Err((waiting, error)),
+        None => Ok(waiting),
+    }
+}
+
+fn refuse_command(command: Command, error: &LedgerError) {
+    fn tell<T>(reply: Reply<T>, error: &LedgerError) {
+        // Whoever asked may have gone.
+        let _ = reply.send(Err(error.clone()));
+    }
+    match command {
+        Command::Admit { reply, .. } => tell(reply, error),
+        Command::RevokeKey { reply, .. } => tell(reply, error),
+        Command::Bind { reply, .. } => tell(reply, error),
+        Command::LowerClock { reply, .. } => tell(reply, error),
+        Command::Resolve { reply, .. }
+        | Command::Observe { reply, .. }
+        | Command::Refused { reply, .. }
+        | Command::Record { reply, .. }
+        | Command::IssueKey { reply, .. }
+        | Command::KillSwitch { reply, .. }
+        | Command::Flush { reply }
+        | Command::Tick { reply } => tell(reply, error),
+    }
+}
+
+fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, boot: BootId) -> Executed {
+    match command {
+        Command::Admit { key_id, admit, reply } => answer(reply, admit_call(tx, key_id, &admit, now)),
+        Command::Resolve { hold_id, call_id, resolve, reply } => {
+            answer(reply, tx.resolve(hold_id, call_id, &resolve, boot, now))
+        }
+        Command::Observe { object, facts, record, reply } => {
+            answer(reply, tx.observe(&object, &facts, record, now))
+        }
+        Command::Refused { key_id, facts, refusal, duration_ms, reply } => {
+            answer(reply, tx.refused(key_id, &facts, &refusal, duration_ms, now))
+        }
+        Command::Record { entry, reply } => {
+            answer(reply, tx.append(Entry { at: now.to_string(), ..*entry }))
+        }
+        Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(&key, &actor, now)),
+        Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(key_id, &actor, now)),
+        Command::KillSwitch { on, reason, actor, reply } => {
+            answer(reply, tx.kill_switch(on, &reason, &actor, now))
+        }
+        Command::Bind { account, key_digest, reply } => answer(reply, tx.bind(&account, key_digest, now)),
+        Command::LowerClock { reason, actor, reply } => {
+            let wall = store.clock.now();
+            let lowered = tx.lower_clock(&reason, &actor, now, wall);
+            if lowered.is_ok() {
+                store.mark.store(wall.millis(), Ordering::SeqCst);
+            }
+            answer(reply, lowered)
+        },
+        Command::Flush { reply } => answer(reply, Ok(())),
+        Command::Tick { reply } => answer(reply, tx.tick(now)),
+    }
+}
+
+fn admit_call(
+    tx: &mut Tx<'_>,
+    key_id: crate::id::KeyId,
+    admit: &rules::Admit,
+    now: UnixMs,
+) -> Result<Admitted, LedgerError> {
+    let (key, verdict) = tx.judge(key_id, admit, now)?;
+    match verdict {
+        Verdict::Send(effects) => {
+            let held = Held::of(&effects, admit.intent.basis.clone())?;
+            tx.write(*effects, now)?;
+            Ok(Admitted::Held(held))
+        }
+        Verdict::Replay(call_id, effects) => {
+            let answer = tx.answer(call_id)?.ok_or(LedgerError::Contradiction("a kept answer is gone"))?;
+            tx.write(*effects, now)?;
+            Ok(Admitted::Replay { call_id, answer })
+        }
+        Verdict::Refuse(refusal) => {
+            tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
+            Ok(Admitted::Refused(refusal))
+        }
+    }
+}
+
+impl Tx<'_> {
+    fn create(&mut self, opening: &Opening, now: UnixMs) -> Result<(), LedgerError> {
+        self.put_meta(meta::FORMAT, &FORMAT)?;
+        self.put_meta(meta::LEDGER_ID, &opening.fresh_id)?;
+        self.put_meta(meta::SALT, &ByteArray::from(opening.fresh_salt))?;
+        let binding =
+            BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
+        self.put_meta(meta::BINDING, &binding)?;
+        self.begin_chain(opening.fresh_id);
+        let mut detail = Map::new();
+        detail.insert("format".to_owned(), Value::from(FORMAT));
+        detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
+        self.append(entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))
+    }
+
+    fn check_mode(&mut self, opening: &Opening) -> Result<(), LedgerError> {
+        let binding: BindingRow = self.binding()?;
+        if binding.mode == opening.mode.as_str() {
+            return Ok(());
+        }
+        Err(LedgerError::BoundElsewhere {
+            bound: format!("{} mode", binding.mode),
+            offered: format!("{} mode", opening.mode.as_str()),
+        })
+    }
+
+    fn doubt_orphans(&mut self, boot: BootId, now: UnixMs) -> Result<(), LedgerError> {
+        for hold in self.live_holds()? {
+            let Some(key) = self.key(hold.live.as_ref().map_or(hold.key_id, |live| live.key_id))? else {
+                return Err(LedgerError::Contradiction("a live hold has no key"));
+            };
+            let call = self.call_by_id(hold.call_id)?;
+            if let Some(effects) = resolve::orphan(&hold, call.as_ref(), &key, boot, now) {
+                self.write(effects, now)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
+        let table = self.txn().open_table(row::HOLDS)?;
+        let mut holds = Vec::new();
+        for row in table.range((row::PHASE_LIVE, &[0; 16])..=(row::PHASE_LIVE, &[255; 16]))? {
+            holds.push(row::decode(row?.1.value())?);
+        }
+        Ok(holds)
+    }
+}

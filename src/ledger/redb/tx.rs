@@ -1,0 +1,561 @@
+//! One write transaction: rows in, rows out, and the verbs that change them.
+
+use minicbor::bytes::ByteArray;
+use minicbor::{Decode, Encode};
+use redb::{ReadableTable, WriteTransaction};
+use serde_json::{Map, Value};
+
+use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
+use crate::call::{Call, EXECUTED_KNOWN_MS, StoredAnswer};
+use crate::hold::{Facts, Hold, HoldState, Lane, Subject};
+use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
+use crate::intent::Claim;
+use crate::key::Key;
+use crate::ledger::counter::{CounterKey, Counters, keys_of};
+use crate::ledger::row::{
+    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS,
+    KEY_DIGESTS, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS,
+    RefusalRow, meta,
+};
+use crate::ledger::rules::resolve::{self, InFlight, Record, Resolve};
+use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict};
+use crate::ledger::{Actor, LedgerError, Opening, entry};
+use crate::refusal::Refusal;
+use crate::time::{DAY_MS, Day, UnixMs};
+
+/// One minute, the window in which equal refusals are counted together.
+pub(super) const MINUTE_MS: u64 = 60_000;
+
+/// The end of the audit chain.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head {
+    pub(super) seq: u64,
+    pub(super) hash: [u8; 32],
+    /// The time of the last record: the clock does not go below it.
+    pub(super) at: UnixMs,
+}
+
+/// A write transaction with what every command needs at hand.
+pub(super) struct Tx<'t> {
+    txn: &'t WriteTransaction,
+    opening: &'t Opening,
+    head: Head,
+    chain_id: String,
+    wrote: bool,
+}
+
+impl<'t> Tx<'t> {
+    pub(super) fn open(
+        txn: &'t WriteTransaction,
+        opening: &'t Opening,
+        head: Option<Head>,
+    ) -> Result<Self, LedgerError> {
+        let head = match head {
+            Some(head) => head,
+            None => stored_head(txn)?,
+        };
+        let mut tx = Self { txn, opening, head, chain_id: String::new(), wrote: false };
+        if let Some(id) = tx.meta::<LedgerId>(meta::LEDGER_ID)? {
+            tx.chain_id = id.to_string();
+        }
+        Ok(tx)
+    }
+
+    pub(super) fn txn(&self) -> &WriteTransaction {
+        self.txn
+    }
+
+    pub(super) fn opening(&self) -> &Opening {
+        self.opening
+    }
+
+    pub(super) fn begin_chain(&mut self, id: LedgerId) {
+        self.chain_id = id.to_string();
+    }
+
+    pub(super) fn head(&self) -> Head {
+        self.head
+    }
+
+    pub(super) fn wrote_rows(&mut self) {
+        self.wrote = true;
+    }
+
+    /// Whether anything was written that needs a commit.
+    pub(super) fn wrote(&self) -> bool {
+        self.wrote
+    }
+
+    /// The highest time that the file knows to have been used.
+    pub(super) fn mark(&self) -> Result<UnixMs, LedgerError> {
+        let mark: UnixMs = self.meta(meta::CLOCK_MARK)?.unwrap_or_default();
+        Ok(mark.max(self.head.at))
+    }
+
+    // --- meta
+
+    pub(super) fn meta<T: for<'b> Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
+        let table = self.txn.open_table(META)?;
+        let found = table.get(name)?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    pub(super) fn put_meta<T: Encode<()>>(&mut self, name: &str, value: &T) -> Result<(), LedgerError> {
+        self.wrote = true;
+        self.txn.open_table(META)?.insert(name, row::encode(value).as_slice())?;
+        Ok(())
+    }
+
+    pub(super) fn ledger_id(&self) -> Result<LedgerId, LedgerError> {
+        self.meta(meta::LEDGER_ID)?.ok_or(LedgerError::Corrupt("ledger id"))
+    }
+
+    pub(super) fn salt(&self) -> Result<[u8; 32], LedgerError> {
+        let salt: Option<ByteArray<32>> = self.meta(meta::SALT)?;
+        Ok(salt.ok_or(LedgerError::Corrupt("salt"))?.into())
+    }
+
+    pub(super) fn binding(&self) -> Result<BindingRow, LedgerError> {
+        self.meta(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))
+    }
+
+    pub(super) fn lower_clock(
+        &mut self,
+        reason: &str,
+        actor: &Actor,
+        now: UnixMs,
+        wall: UnixMs,
+    ) -> Result<(UnixMs, UnixMs), LedgerError> {
+        self.put_meta(meta::CLOCK_MARK, &wall)?;
+        let mut detail = Map::new();
+        detail.insert("before".to_owned(), Value::from(now.to_string()));
+        detail.insert("after".to_owned(), Value::from(wall.to_string()));
+        detail.insert("reason".to_owned(), Value::from(reason));
+        // The record carries the lowered time, so that it becomes the mark.
+        self.append(entry::of_admin(wall, Event::ClockLowered, &actor.0, None, detail))?;
+        Ok((now, wall))
+    }
+
+    pub(super) fn bind(
+        &mut self,
+        account: &str,
+        key_digest: [u8; 32],
+        now: UnixMs,
+    ) -> Result<BindingRow, LedgerError> {
+        let was = self.binding()?;
+        if let Some(bound) = was.account.as_ref().filter(|bound| *bound != account) {
+            return Err(LedgerError::BoundElsewhere {
+                bound: format!("account {bound}"),
+                offered: format!("account {account}"),
+            });
+        }
+        let is = BindingRow {
+            account: Some(account.to_owned()),
+            verified_key: Some(ByteArray::from(key_digest)),
+            ..was.clone()
+        };
+        if is != was {
+            self.put_meta(meta::BINDING, &is)?;
+        }
+        if was.account.is_none() {
+            let mut detail = Map::new();
+            detail.insert("account".to_owned(), Value::from(account));
+            detail.insert("mode".to_owned(), Value::from(is.mode.as_str()));
+            self.append(entry::of_admin(now, Event::AccountBound, "keybrake", None, detail))?;
+        }
+        Ok(is)
+    }
+
+    pub(super) fn kill_switch(
+        &mut self,
+        on: bool,
+        reason: &str,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        if on {
+            self.put_meta(meta::KILL_SWITCH, &KillSwitchRow { since: now, reason: reason.to_owned() })?;
+        } else {
+            self.wrote = true;
+            self.txn.open_table(META)?.remove(meta::KILL_SWITCH)?;
+        }
+        let mut detail = Map::new();
+        detail.insert("on".to_owned(), Value::from(on));
+        detail.insert("reason".to_owned(), Value::from(reason));
+        self.append(entry::of_admin(now, Event::KillSwitch, &actor.0, None, detail))
+    }
+
+    // --- keys
+
+    pub(super) fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
+        let table = self.txn.open_table(KEYS)?;
+        let found = table.get(id.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    fn put_key(&mut self, key: &Key) -> Result<(), LedgerError> {
+        self.wrote = true;
+        self.txn.open_table(KEYS)?.insert(key.id.as_bytes(), row::encode(key).as_slice())?;
+        Ok(())
+    }
+
+    pub(super) fn issue_key(&mut self, key: &Key, actor: &Actor, now: UnixMs) -> Result<(), LedgerError> {
+        self.put_key(key)?;
+        self.txn.open_table(KEY_DIGESTS)?.insert(&key.digest, (KEY_KIND_VAULT, key.id.as_bytes()))?;
+        let look_at = key.expires_at.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS));
+        self.put_due(look_at, DUE_KEY, key.id.as_bytes())?;
+        self.append(entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
+    }
+
+    pub(super) fn revoke_key(&mut self, id: KeyId, actor: &Actor, now: UnixMs) -> Result<Key, LedgerError> {
+        let mut key = self.key(id)?.ok_or(LedgerError::NotFound)?;
+        if key.revoked_at.is_none() {
+            key.revoked_at = Some(now);
+            self.put_key(&key)?;
+            self.append(entry::of_admin(now, Event::KeyRevoked, &actor.0, Some(&key), Map::new()))?;
+        }
+        Ok(key)
+    }
+
+    // --- calls, holds, objects, counters
+
+    fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
+        let table = self.txn.open_table(CALLS)?;
+        let found = table.get(&identity.0)?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    pub(super) fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
+        let identity = {
+            let table = self.txn.open_table(CALL_IDS)?;
+            table.get(id.as_bytes())?.map(|identity| Identity(*identity.value()))
+        };
+        // A newer call may have taken the identity.
+        Ok(identity.map(|identity| self.call(&identity)).transpose()?.flatten().filter(|call| call.id == id))
+    }
+
+    pub(super) fn put_call(&mut self, call: &Call) -> Result<(), LedgerError> {
+        self.wrote = true;
+        let before: Option<Call> = {
+            let mut calls = self.txn.open_table(CALLS)?;
+            let before = calls.insert(&call.identity.0, row::encode(call).as_slice())?;
+            before.map(|before| row::decode(before.value())).transpose()?
+        };
+        if before.as_ref().is_some_and(|before| before.id == call.id) {
+            return Ok(());
+        }
+        if let Some(before) = before {
+            self.remove_answer(before.id)?;
+            self.txn.open_table(CALL_IDS)?.remove(before.id.as_bytes())?;
+        }
+        self.txn.open_table(CALL_IDS)?.insert(call.id.as_bytes(), &call.identity.0)?;
+        Ok(())
+    }
+
+    pub(super) fn remove_call(&mut self, call: &Call) -> Result<(), LedgerError> {
+        self.remove_answer(call.id)?;
+        self.txn.open_table(CALL_IDS)?.remove(call.id.as_bytes())?;
+        self.txn.open_table(CALLS)?.remove(&call.identity.0)?;
+        Ok(())
+    }
+
+    pub(super) fn answer(&self, id: CallId) -> Result<Option<StoredAnswer>, LedgerError> {
+        let table = self.txn.open_table(ANSWERS)?;
+        let found = table.get(id.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    pub(super) fn has_answer(&self, id: CallId) -> Result<bool, LedgerError> {
+        Ok(self.txn.open_table(ANSWERS)?.get(id.as_bytes())?.is_some())
+    }
+
+    pub(super) fn remove_answer(&mut self, id: CallId) -> Result<(), LedgerError> {
+        self.wrote = true;
+        self.txn.open_table(ANSWERS)?.remove(id.as_bytes())?;
+        Ok(())
+    }
+
+    pub(super) fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
+        let table = self.txn.open_table(HOLDS)?;
+        for phase in [PHASE_LIVE, PHASE_ENDED] {
+            if let Some(bytes) = table.get((phase, id.as_bytes()))? {
+                return Ok(Some(row::decode(bytes.value())?));
+            }
+        }
+        Ok(None)
+    }
+
+    fn hold_of_object(&self, object: &str) -> Result<Option<Hold>, LedgerError> {
+        let id = {
+            let table = self.txn.open_table(OBJECTS)?;
+            table.get(("", object))?.map(|id| HoldId::from_bytes(*id.value()))
+        };
+        id.map(|id| self.hold(id)).transpose().map(Option::flatten)
+    }
+
+    fn load_counter(&self, counters: &mut Counters, key: CounterKey) -> Result<(), LedgerError> {
+        if counters.0.contains_key(&key) {
+            return Ok(());
+        }
+        let (kind, id, day, lane) = row::counter_key(&key.0, key.1, key.2);
+        let table = self.txn.open_table(COUNTERS)?;
+        if let Some(bytes) = table.get((kind, &id, day, lane))? {
+            counters.0.insert(key, row::decode(bytes.value())?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn put_due(&mut self, at: UnixMs, kind: u8, id: &[u8; 16]) -> Result<(), LedgerError> {
+        self.wrote = true;
+        self.txn.open_table(DUE)?.insert((at.millis(), kind, id), ())?;
+        Ok(())
+    }
+
+    // --- verbs
+
+    pub(super) fn judge(
+        &self,
+        key_id: KeyId,
+        admit: &Admit,
+        now: UnixMs,
+    ) -> Result<(Key, Verdict), LedgerError> {
+        let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
+        let kill_switch = self.meta::<KillSwitchRow>(meta::KILL_SWITCH)?.is_some();
+        let call = self.call(&admit.intent.identity)?;
+        let call_hold = call.as_ref().map(|call| self.hold(call.hold_id)).transpose()?.flatten();
+        let answer_kept = call.as_ref().map(|call| self.has_answer(call.id)).transpose()?.unwrap_or(false);
+        let object_hold = match &admit.intent.claim {
+            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => self.hold_of_object(object)?,
+            Claim::Create { .. } | Claim::Unpriced => None,
+        };
+        let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
+        let mut counters = Counters::default();
+        for payer in [Some(&key), owner.as_ref()].into_iter().flatten() {
+            let days = [Some(Day::TOTAL), Some(now.day()), object_hold.as_ref().map(|hold| hold.day)];
+            for day in days.into_iter().flatten() {
+                for lane in [Lane::In, Lane::Out] {
+                    self.load_counter(&mut counters, (Subject::Key(payer.id), day, lane))?;
+                }
+            }
+        }
+        let loaded = Loaded {
+            key: &key,
+            kill_switch,
+            call: call.as_ref(),
+            call_hold: call_hold.as_ref(),
+            answer_kept,
+            object_hold: object_hold.as_ref(),
+            owner: owner.as_ref(),
+            counters: &counters,
+        };
+        let verdict = rules::admit(&loaded, admit, now);
+        Ok((key, verdict))
+    }
+
+    pub(super) fn resolve(
+        &mut self,
+        hold_id: HoldId,
+        call_id: CallId,
+        command: &Resolve,
+        boot: BootId,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        let hold = self.hold(hold_id)?.ok_or(LedgerError::NotFound)?;
+        if hold.state != (HoldState::Sending { boot }) || hold.call_id != call_id {
+            return Err(LedgerError::Contradiction("a hold is resolved that this call is not sending"));
+        }
+        let call = self.call_by_id(call_id)?.ok_or(LedgerError::Contradiction("a hold has no call"))?;
+        let caller = hold.live.as_ref().map_or(hold.key_id, |live| live.key_id);
+        let missing = LedgerError::Contradiction("a hold has no key");
+        let key = self.key(caller)?.ok_or_else(|| missing.clone())?;
+        let owner = self.key(hold.key_id)?.ok_or(missing)?;
+        let mut others = Vec::new();
+        for other in resolve::others_of(&hold) {
+            others.extend(self.call_by_id(other)?);
+        }
+        let state = InFlight { hold: &hold, call: &call, others: &others, key: &key, owner: &owner };
+        let effects = resolve::resolve(&state, command, now);
+        self.write(effects, now)
+    }
+
+    pub(super) fn observe(
+        &mut self,
+        object: &str,
+        facts: &Facts,
+        record: Record,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        let Some(hold) = self.hold_of_object(object)? else { return Ok(()) };
+        let owner = self.key(hold.key_id)?.ok_or(LedgerError::Contradiction("a hold has no key"))?;
+        let mut calls = Vec::new();
+        for id in &hold.calls {
+            calls.extend(self.call_by_id(*id)?);
+        }
+        match resolve::observe(&hold, &calls, &owner, facts, record, now) {
+            Some(effects) => self.write(effects, now),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes all effects, the counters that follow from them included. Everything that can contradict is computed
+    /// before the first row is touched.
+    pub(super) fn write(&mut self, effects: Effects, now: UnixMs) -> Result<(), LedgerError> {
+        let mut counters = Counters::default();
+        if let Some((was, is)) = &effects.hold {
+            for key in was.iter().chain([is]).flat_map(keys_of) {
+                self.load_counter(&mut counters, key)?;
+            }
+        }
+        rules::shift(&mut counters, &effects)?;
+        // From here it succeeds, or the whole batch is gone.
+        self.wrote = true;
+        for ((subject, day, lane), counter) in &counters.0 {
+            let (kind, id, day, lane) = row::counter_key(subject, *day, *lane);
+            let value = row::encode(counter);
+            self.txn.open_table(COUNTERS)?.insert((kind, &id, day, lane), value.as_slice())?;
+        }
+        for call in &effects.calls {
+            self.put_call(call)?;
+        }
+        if let Some((was, is)) = &effects.hold {
+            self.put_hold(was.as_ref(), is, now)?;
+            for object in &effects.objects {
+                self.txn.open_table(OBJECTS)?.insert(("", object.as_str()), is.id.as_bytes())?;
+            }
+        }
+        if let Some((call, answer)) = &effects.answer {
+            self.txn.open_table(ANSWERS)?.insert(call.as_bytes(), row::encode(answer).as_slice())?;
+        }
+        for call in &effects.drop_answers {
+            self.remove_answer(*call)?;
+        }
+        if let Some(key) = &effects.key {
+            self.put_key(key)?;
+        }
+        if let Some((at, call)) = &effects.look_at_call {
+            self.put_due(*at, DUE_CALL, call.as_bytes())?;
+        }
+        effects.audit.into_iter().try_for_each(|entry| self.append(entry))
+    }
+
+    fn put_hold(&mut self, was: Option<&Hold>, is: &Hold, now: UnixMs) -> Result<(), LedgerError> {
+        let phase = |hold: &Hold| if hold.state.is_live() { PHASE_LIVE } else { PHASE_ENDED };
+        {
+            let mut table = self.txn.open_table(HOLDS)?;
+            if let Some(was) = was.filter(|was| phase(was) != phase(is)) {
+                table.remove((phase(was), was.id.as_bytes()))?;
+            }
+            table.insert((phase(is), is.id.as_bytes()), row::encode(is).as_slice())?;
+        }
+        if !is.state.is_live() {
+            self.put_due(now.plus_millis(EXECUTED_KNOWN_MS), DUE_HOLD, is.id.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    // --- records
+
+    pub(super) fn refused(
+        &mut self,
+        key_id: KeyId,
+        facts: &Facts,
+        refusal: &Refusal,
+        duration_ms: u64,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
+        self.count_refusal(&key, facts, refusal, duration_ms, now)
+    }
+
+    /// The first refusal of a minute is a record at once; its equals are counted and recorded together later.
+    pub(super) fn count_refusal(
+        &mut self,
+        key: &Key,
+        facts: &Facts,
+        refusal: &Refusal,
+        duration_ms: u64,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        let place = (key.id.as_bytes(), refusal.code.as_str(), now.millis() / MINUTE_MS);
+        let entry = entry::of_refusal(now, key, facts, refusal, duration_ms);
+        let before: Option<RefusalRow> = {
+            let table = self.txn.open_table(REFUSALS)?;
+            let found = table.get(place)?;
+            found.map(|bytes| row::decode(bytes.value())).transpose()?
+        };
+        let row = match before {
+            None => {
+                self.append(entry)?;
+                RefusalRow { count: 0, entry: String::new() }
+            }
+            Some(before) => RefusalRow {
+                count: before.count.saturating_add(1),
+                entry: serde_json::to_string(&entry).unwrap_or_default(),
+            },
+        };
+        self.wrote = true;
+        self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
+        Ok(())
+    }
+
+    pub(super) fn append(&mut self, entry: Entry) -> Result<(), LedgerError> {
+        let seq = self.head.seq.saturating_add(1);
+        let place = Place {
+            seq,
+            ledger_id: &self.chain_id,
+            node: &self.opening.node,
+            chain_id: &self.chain_id,
+            prev_hash: self.head.hash,
+        };
+        let sealed = audit::seal(&place, &entry);
+        let stored = [sealed.hash.as_slice(), &sealed.bytes].concat();
+        self.wrote = true;
+        self.txn.open_table(AUDIT)?.insert(seq, stored.as_slice())?;
+        let at = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
+        self.head = Head { seq, hash: sealed.hash, at };
+        Ok(())
+    }
+}
+
+fn stored_head(txn: &WriteTransaction) -> Result<Head, LedgerError> {
+    let audit = txn.open_table(AUDIT)?;
+    let Some((seq, stored)) = audit.last()? else {
+        return Ok(Head { seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() });
+    };
+    let (hash, bytes) = split_sealed(stored.value())?;
+    Ok(Head { seq: seq.value(), hash, at: time_of(bytes)? })
+}
+
+/// A stored record: its hash and the bytes that were hashed.
+pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), LedgerError> {
+    stored.split_first_chunk::<32>().map(|(hash, bytes)| (*hash, bytes)).ok_or(LedgerError::Corrupt("record"))
+}
+
+/// When a stored record was written.
+pub(super) fn time_of(record: &[u8]) -> Result<UnixMs, LedgerError> {
+    let corrupt = || LedgerError::Corrupt("record");
+    let record: Map<String, Value> = serde_json::from_slice(record).map_err(|_| corrupt())?;
+    record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).ok_or_else(corrupt)
+}
+
+/// The policy of a key for the record of its making: what stays known after the row is gone.
+fn policy_detail(key: &Key) -> Map<String, Value> {
+    let usd = |cap: Option<crate::money::MicroUsd>| cap.map_or(Value::Null, |cap| cap.to_string().into());
+    let grants: Vec<Value> = key.grants.iter().map(|grant| Value::from(grant.written.as_str())).collect();
+    [
+        ("allowed_endpoints", Value::from(grants)),
+        ("daily_usd_cap", usd(key.caps.daily)),
+        ("total_usd_cap", usd(key.caps.total)),
+        ("max_usd_per_request", usd(key.caps.per_request)),
+        ("daily_usd_out_cap", usd(key.caps.daily_out)),
+        ("max_calls", key.caps.max_calls.map_or(Value::Null, Value::from)),
+        ("uncapped", Value::from(key.caps.uncapped)),
+        ("idempotency", Value::from(key.idempotency.as_str())),
+        ("remember_days", Value::from(key.remember_days)),
+        ("client_secrets", Value::from(key.client_secrets)),
+        ("expires_at", Value::from(key.expires_at.to_string())),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}

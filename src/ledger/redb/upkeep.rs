@@ -1,0 +1,205 @@
+//! What is done on a tick, in bounded steps: counted refusals become records, rows whose time has come go, the index of
+//! calls follows the log, old records are deleted.
+
+use minicbor::bytes::ByteArray;
+use redb::ReadableTable;
+
+use crate::audit::Entry;
+use crate::id::{CallId, HoldId, KeyId};
+use crate::ledger::LedgerError;
+use crate::ledger::redb::tx::{MINUTE_MS, Tx, split_sealed, time_of};
+use crate::ledger::row::{
+    self, AUDIT, AUDIT_LAST, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS,
+    KEY_KIND_VAULT, KEYS, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
+};
+use crate::ledger::rules::resolve::{self, Prune};
+use crate::time::{DAY_MS, UnixMs};
+
+/// Rows that one step of one kind of upkeep touches at most, so that it never stalls a request for long.
+const STEP_ROWS_MAX: usize = 1_000;
+
+impl Tx<'_> {
+    pub(super) fn tick(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+        self.keep_mark(now)?;
+        self.record_counted_refusals(now)?;
+        self.look_at_due(now)?;
+        self.index_calls()?;
+        self.drop_old_records(now)
+    }
+
+    /// Time that passes without a record must not be lost when the clock is set back over a restart.
+    fn keep_mark(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+        if now.millis_since(self.mark()?) >= MINUTE_MS {
+            self.put_meta(meta::CLOCK_MARK, &now)?;
+        }
+        Ok(())
+    }
+
+    fn record_counted_refusals(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+        let this_minute = now.millis() / MINUTE_MS;
+        let mut over = Vec::new();
+        for found in self.txn().open_table(REFUSALS)?.iter()? {
+            let (place, value) = found?;
+            let (id, code, minute) = place.value();
+            if minute < this_minute {
+                over.push((*id, code.to_owned(), minute, row::decode::<RefusalRow>(value.value())?));
+            }
+            if over.len() == STEP_ROWS_MAX {
+                break;
+            }
+        }
+        for (id, code, minute, refusals) in over {
+            if refusals.count > 0 {
+                let entry: Entry =
+                    serde_json::from_str(&refusals.entry).map_err(|_| LedgerError::Corrupt("refusal"))?;
+                self.append(Entry { count: Some(refusals.count), ..entry })?;
+            }
+            self.wrote_rows();
+            self.txn().open_table(REFUSALS)?.remove((&id, code.as_str(), minute))?;
+        }
+        Ok(())
+    }
+
+    fn look_at_due(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+        let mut due = Vec::new();
+        let until = (now.millis().saturating_add(1), 0, &[0; 16]);
+        for found in self.txn().open_table(DUE)?.range((0, 0, &[0; 16])..until)?.take(STEP_ROWS_MAX) {
+            let (at, kind, id) = found.map(|(place, _)| {
+                let (at, kind, id) = place.value();
+                (at, kind, *id)
+            })?;
+            due.push((at, kind, id));
+        }
+        for (at, kind, id) in due {
+            self.wrote_rows();
+            self.txn().open_table(DUE)?.remove((at, kind, &id))?;
+            match kind {
+                DUE_CALL => self.look_at_call(CallId::from_bytes(id), now)?,
+                DUE_KEY => self.look_at_key(KeyId::from_bytes(id), now)?,
+                DUE_HOLD => self.look_at_hold(HoldId::from_bytes(id), now)?,
+                _ => return Err(LedgerError::Corrupt("due row")),
+            }
+        }
+        Ok(())
+    }
+
+    fn look_at_call(&mut self, id: CallId, now: UnixMs) -> Result<(), LedgerError> {
+        let Some(call) = self.call_by_id(id)? else { return Ok(()) };
+        let live = self.hold(call.hold_id)?.is_some_and(|hold| hold.state.is_live());
+        match resolve::prune(&call, self.has_answer(id)?, live, now) {
+            Prune::All => self.remove_call(&call),
+            Prune::Answer(again) => {
+                self.remove_answer(id)?;
+                self.put_call(&resolve::stripped(&call))?;
+                self.put_due(again, DUE_CALL, id.as_bytes())
+            }
+            Prune::Later(again) => self.put_due(again, DUE_CALL, id.as_bytes()),
+        }
+    }
+
+    /// A dead key goes when no live hold counts on it any more.
+    fn look_at_key(&mut self, id: KeyId, now: UnixMs) -> Result<(), LedgerError> {
+        let Some(key) = self.key(id)? else { return Ok(()) };
+        let mut in_use = false;
+        let all_live = (PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]);
+        for found in self.txn().open_table(HOLDS)?.range(all_live)? {
+            let hold: crate::hold::Hold = row::decode(found?.1.value())?;
+            in_use |= hold.key_id == id || hold.live.is_some_and(|live| live.key_id == id);
+        }
+        if in_use {
+            return self.put_due(now.plus_millis(DAY_MS), DUE_KEY, id.as_bytes());
+        }
+        self.txn().open_table(KEYS)?.remove(id.as_bytes())?;
+        self.txn().open_table(KEY_DIGESTS)?.remove(&key.digest)?;
+        let counters =
+            (KEY_KIND_VAULT, id.as_bytes(), 0, 0)..=(KEY_KIND_VAULT, id.as_bytes(), u32::MAX, u8::MAX);
+        self.txn().open_table(COUNTERS)?.retain_in(counters, |_, _| false)?;
+        Ok(())
+    }
+
+    fn look_at_hold(&mut self, id: HoldId, now: UnixMs) -> Result<(), LedgerError> {
+        let Some(hold) = self.hold(id)? else { return Ok(()) };
+        if hold.state.is_live() {
+            return self.put_due(now.plus_millis(DAY_MS), DUE_HOLD, id.as_bytes());
+        }
+        self.txn().open_table(HOLDS)?.remove((PHASE_ENDED, id.as_bytes()))?;
+        let mut objects = self.txn().open_table(OBJECTS)?;
+        for object in hold.object_id.iter().chain(&hold.aliases) {
+            // The object may belong to a newer hold by now.
+            let ours = objects.get(("", object.as_str()))?.is_some_and(|found| found.value() == id.as_bytes());
+            if ours {
+                objects.remove(("", object.as_str()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `audit_last` follows the log, so that a money commit has one table less to touch.
+    fn index_calls(&mut self) -> Result<(), LedgerError> {
+        let from: u64 = self.meta(meta::INDEXED_TO)?.unwrap_or(0);
+        let mut last = Vec::new();
+        let mut to = from;
+        for found in self.txn().open_table(AUDIT)?.range(from.saturating_add(1)..)?.take(STEP_ROWS_MAX) {
+            let (seq, stored) = found?;
+            to = seq.value();
+            if let Some(call) = call_of(split_sealed(stored.value())?.1)? {
+                last.push((call, to));
+            }
+        }
+        if to == from {
+            return Ok(());
+        }
+        self.put_meta(meta::INDEXED_TO, &to)?;
+        let mut table = self.txn().open_table(AUDIT_LAST)?;
+        for (call, seq) in last {
+            table.insert(call.as_bytes(), seq)?;
+        }
+        Ok(())
+    }
+
+    fn drop_old_records(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+        let keep_ms = u64::from(self.opening().audit_days).saturating_mul(DAY_MS);
+        let indexed: u64 = self.meta(meta::INDEXED_TO)?.unwrap_or(0);
+        let mut floor = None;
+        let mut old = Vec::new();
+        for found in self.txn().open_table(AUDIT)?.iter()?.take(STEP_ROWS_MAX) {
+            let (seq, stored) = found?;
+            let (hash, bytes) = split_sealed(stored.value())?;
+            let kept = now.millis_since(time_of(bytes)?) <= keep_ms;
+            // The last record stays: the next one continues it.
+            if kept || seq.value() > indexed || seq.value() >= self.head().seq {
+                break;
+            }
+            floor = Some(AuditFloorRow {
+                seq: seq.value().saturating_add(1),
+                prev_hash: ByteArray::from(hash),
+            });
+            old.push((seq.value(), call_of(bytes)?));
+        }
+        let Some(floor) = floor else { return Ok(()) };
+        self.put_meta(meta::AUDIT_FLOOR, &floor)?;
+        for (seq, call) in old {
+            self.txn().open_table(AUDIT)?.remove(seq)?;
+            if let Some(call) = call {
+                let mut last = self.txn().open_table(AUDIT_LAST)?;
+                let gone = last.get(call.as_bytes())?.is_some_and(|last| last.value() <= seq);
+                if gone {
+                    last.remove(call.as_bytes())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The call whose outcome a record tells; `None` for any other record.
+pub(crate) fn call_of(record: &[u8]) -> Result<Option<CallId>, LedgerError> {
+    #[derive(serde::Deserialize)]
+    struct Head<'a> {
+        event: crate::audit::Event,
+        #[serde(borrow)]
+        call_id: Option<&'a str>,
+    }
+    let head: Head<'_> = serde_json::from_slice(record).map_err(|_| LedgerError::Corrupt("record"))?;
+    Ok(head.call_id.filter(|_| head.event.is_of_a_call()).and_then(CallId::parse))
+}

@@ -1,0 +1,160 @@
+//! The catalogue of stored rows, and their codec.
+//!
+//! | table | key | value |
+//! |---|---|---|
+//! | `meta` | name | see [`meta`] |
+//! | `keys` | key id | [`crate::key::Key`] |
+//! | `key_digests` | SHA-256 of the secret | kind byte ([`KEY_KIND_VAULT`]), id |
+//! | `calls` | identity | [`crate::call::Call`] |
+//! | `call_ids` | call id | identity |
+//! | `answers` | call id | [`crate::call::StoredAnswer`] |
+//! | `holds` | phase (0 live, 1 ended), hold id | [`crate::hold::Hold`] |
+//! | `objects` | Stripe account (empty for one's own), object id | hold id |
+//! | `counters` | subject kind, subject id, day (0 for all), lane | [`crate::ledger::counter::Counter`] |
+//! | `due` | instant (ms), kind, id | nothing: when to look at it again |
+//! | `audit` | seq | SHA-256, then the hashed bytes |
+//! | `audit_last` | call id | seq of the call's last event; follows `audit` by a cursor |
+//! | `refusals` | key id, code, minute | [`RefusalRow`]: equal refusals that are not recorded one by one |
+//!
+//! Ids are big-endian, so tables are in the order of time. Every value that is not an id starts with a version byte;
+//! the rest is CBOR with numbered fields, to which later versions may add.
+
+use minicbor::{Decode, Encode};
+use redb::TableDefinition;
+
+use crate::hold::{Lane, Subject};
+use crate::ledger::LedgerError;
+use crate::time::Day;
+
+/// The version of all values written by this build.
+const VALUE_VERSION: u8 = 1;
+/// The format of the whole file. A file of a higher format is refused.
+pub const FORMAT: u32 = 1;
+
+/// Names of rows in `meta`.
+pub mod meta {
+    /// [`super::FORMAT`] of the file.
+    pub const FORMAT: &str = "format";
+    /// Id of the ledger and of its chain.
+    pub const LEDGER_ID: &str = "ledger_id";
+    /// 32 random bytes for the digests of parameters.
+    pub const SALT: &str = "salt";
+    /// [`super::BindingRow`].
+    pub const BINDING: &str = "binding";
+    /// [`super::KillSwitchRow`], while it is on.
+    pub const KILL_SWITCH: &str = "kill_switch";
+    /// The highest time that was ever used.
+    pub const CLOCK_MARK: &str = "clock_mark";
+    /// How far `audit_last` follows `audit`.
+    pub const INDEXED_TO: &str = "indexed_to";
+    /// [`super::AuditFloorRow`]: what was deleted at the beginning of the chain.
+    pub const AUDIT_FLOOR: &str = "audit_floor";
+}
+
+pub(crate) type Bytes = &'static [u8];
+pub(crate) type Id = &'static [u8; 16];
+
+pub(crate) const META: TableDefinition<'_, &str, Bytes> = TableDefinition::new("meta");
+pub(crate) const KEYS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("keys");
+pub(crate) const KEY_DIGESTS: TableDefinition<'_, &[u8; 32], (u8, Id)> = TableDefinition::new("key_digests");
+pub(crate) const CALLS: TableDefinition<'_, &[u8; 32], Bytes> = TableDefinition::new("calls");
+pub(crate) const CALL_IDS: TableDefinition<'_, Id, &[u8; 32]> = TableDefinition::new("call_ids");
+pub(crate) const ANSWERS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("answers");
+pub(crate) const HOLDS: TableDefinition<'_, (u8, Id), Bytes> = TableDefinition::new("holds");
+pub(crate) const OBJECTS: TableDefinition<'_, (&str, &str), Id> = TableDefinition::new("objects");
+pub(crate) const COUNTERS: TableDefinition<'_, (u8, Id, u32, u8), Bytes> = TableDefinition::new("counters");
+pub(crate) const DUE: TableDefinition<'_, (u64, u8, Id), ()> = TableDefinition::new("due");
+pub(crate) const AUDIT: TableDefinition<'_, u64, Bytes> = TableDefinition::new("audit");
+pub(crate) const AUDIT_LAST: TableDefinition<'_, Id, u64> = TableDefinition::new("audit_last");
+pub(crate) const REFUSALS: TableDefinition<'_, (Id, &str, u64), Bytes> = TableDefinition::new("refusals");
+
+/// In `key_digests`: the id is a vault key's.
+pub const KEY_KIND_VAULT: u8 = 0;
+/// In `due`: look at a call.
+pub const DUE_CALL: u8 = 0;
+/// In `due`: look at a key.
+pub const DUE_KEY: u8 = 1;
+/// In `due`: look at an ended hold.
+pub const DUE_HOLD: u8 = 2;
+/// In `holds`: still counted as held.
+pub const PHASE_LIVE: u8 = 0;
+/// In `holds`: spent or void.
+pub const PHASE_ENDED: u8 = 1;
+
+/// To which Stripe account and mode a ledger is bound.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct BindingRow {
+    /// `acct_…`; `None` until Stripe told.
+    #[n(0)]
+    pub account: Option<String>,
+    /// `test` or `live`.
+    #[n(1)]
+    pub mode: String,
+    /// SHA-256 of the Stripe key with which the account was verified last.
+    #[n(2)]
+    pub verified_key: Option<minicbor::bytes::ByteArray<32>>,
+}
+
+/// Who stopped everything, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct KillSwitchRow {
+    /// Since when.
+    #[n(0)]
+    pub since: crate::time::UnixMs,
+    /// The operator's reason.
+    #[n(1)]
+    pub reason: String,
+}
+
+/// Where the kept part of the chain begins.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct AuditFloorRow {
+    /// The first record that is kept.
+    #[n(0)]
+    pub seq: u64,
+    /// The hash of the record before it.
+    #[n(1)]
+    pub prev_hash: minicbor::bytes::ByteArray<32>,
+}
+
+/// Equal refusals within one minute, after the first.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct RefusalRow {
+    /// How many are not recorded yet.
+    #[n(0)]
+    pub count: u64,
+    /// The entry of the last of them, as JSON.
+    #[n(1)]
+    pub entry: String,
+}
+
+/// A value's bytes.
+pub fn encode<T: Encode<()>>(value: &T) -> Vec<u8> {
+    let mut bytes = vec![VALUE_VERSION];
+    // Writing to memory cannot fail.
+    let _ = minicbor::encode(value, &mut bytes);
+    bytes
+}
+
+/// Reads a value.
+///
+/// # Errors
+/// [`LedgerError::Corrupt`] for an unknown version or anything that is not the value.
+pub fn decode<T: for<'b> Decode<'b, ()>>(bytes: &[u8]) -> Result<T, LedgerError> {
+    let corrupt = || LedgerError::Corrupt(std::any::type_name::<T>());
+    let (version, value) = bytes.split_first().ok_or_else(corrupt)?;
+    if *version != VALUE_VERSION {
+        return Err(corrupt());
+    }
+    minicbor::decode(value).map_err(|_| corrupt())
+}
+
+/// The key of a counter.
+pub(crate) fn counter_key(subject: &Subject, day: Day, lane: Lane) -> (u8, [u8; 16], u32, u8) {
+    let Subject::Key(id) = subject;
+    let lane = match lane {
+        Lane::In => 0,
+        Lane::Out => 1,
+    };
+    (KEY_KIND_VAULT, *id.as_bytes(), day.number(), lane)
+}

@@ -1,0 +1,606 @@
+//! The money rules: loaded state and a command in, effects or a refusal out.
+//!
+//! Pure: no clock, socket, database or randomness; time and ids are inputs. Every check comes before the line that says
+//! "from here it succeeds". A store loads what [`Loaded`] names, calls [`admit`], and writes the [`Effects`] in one
+//! transaction or not at all.
+#![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
+
+pub mod resolve;
+
+use crate::audit::{Decision, Entry, Event, RecordedOutcome};
+use crate::call::{
+    ATTEMPTS_MAX, Attempt, Call, CallState, KeyBasis, RETRY_DECLINED_AFTER_MS, StoredAnswer,
+    first_difference, stamp, upstream_key,
+};
+use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall, Subject};
+use crate::id::{BootId, CallId, HoldId};
+use crate::intent::{Claim, Intent, Verb};
+use crate::key::{Idempotency, Key};
+use crate::ledger::counter::{Contradiction, Counters};
+use crate::ledger::entry;
+use crate::money::{Currency, MicroUsd, Money};
+use crate::refusal::{CapFigures, CapKind, Code, Refusal};
+use crate::time::{Day, UnixMs};
+
+/// Attempts and calls that a row remembers one by one.
+const TRAIL_MAX: usize = 16;
+
+/// A money call asks to be let through.
+#[derive(Clone, Debug)]
+pub struct Admit {
+    /// What it would do.
+    pub intent: Intent,
+    /// A fresh id, used when the call is new.
+    pub call_id: CallId,
+    /// A fresh id, used when money is held anew.
+    pub hold_id: HoldId,
+    /// The run of this process.
+    pub boot: BootId,
+    /// From acceptance to here, milliseconds.
+    pub duration_ms: u64,
+}
+
+/// What a store loads before it asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded<'a> {
+    /// The key under which the call is made.
+    pub key: &'a Key,
+    /// Whether an operator stopped everything.
+    pub kill_switch: bool,
+    /// The call with the intent's identity.
+    pub call: Option<&'a Call>,
+    /// The hold of that call's last attempt.
+    pub call_hold: Option<&'a Hold>,
+    /// Whether that call's answer is kept.
+    pub answer_kept: bool,
+    /// The hold of the object that the claim names.
+    pub object_hold: Option<&'a Hold>,
+    /// The key that pays for that hold.
+    pub owner: Option<&'a Key>,
+    /// The counters of key and owner: all days together, today, and the day of the object's hold; both lanes.
+    pub counters: &'a Counters,
+}
+
+/// Rows that must be written together.
+#[derive(Clone, Debug, Default)]
+pub struct Effects {
+    /// Calls as they become.
+    pub calls: Vec<Call>,
+    /// A hold as it was and as it becomes; the counters follow from it.
+    pub hold: Option<(Option<Hold>, Hold)>,
+    /// Objects at Stripe that belong to that hold.
+    pub objects: Vec<String>,
+    /// An answer to keep.
+    pub answer: Option<(CallId, StoredAnswer)>,
+    /// Answers to forget.
+    pub drop_answers: Vec<CallId>,
+    /// A key as it becomes.
+    pub key: Option<Key>,
+    /// When to look again whether a call's rows may go.
+    pub look_at_call: Option<(UnixMs, CallId)>,
+    /// What is recorded.
+    pub audit: Vec<Entry>,
+}
+
+/// What was decided about a money call.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Write the effects, then send the request of the hold in them.
+    Send(Box<Effects>),
+    /// Answer from memory; the effects are the record of it.
+    Replay(CallId, Box<Effects>),
+    /// Answer with the refusal.
+    Refuse(Refusal),
+}
+
+/// Judges a money call.
+pub fn admit(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Verdict {
+    judge(state, command, now).unwrap_or_else(Verdict::Refuse)
+}
+
+fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Refusal> {
+    state.key.alive(now)?;
+    if state.kill_switch {
+        return Err(kill_switch());
+    }
+    let attempt = match same_call(state, &command.intent, now)? {
+        Same::Replay(call) => return Ok(replay(state, command, call, now)),
+        Same::Resend(call, hold) => return resend(state, command, call, hold, now),
+        Same::New => NewAttempt { call: None, n: 1 },
+        Same::Again(call, n) => NewAttempt { call: Some(call), n },
+    };
+    let reserve = price(state, &command.intent)?;
+    fits(state, &reserve, now)?;
+    // From here it succeeds.
+    Ok(send(state, command, &attempt, &reserve, now))
+}
+
+/// The refusal while everything is stopped.
+pub fn kill_switch() -> Refusal {
+    Refusal::new(Code::KillSwitch, "An operator has stopped all calls through this sidecar (kill switch).")
+}
+
+/// How a request relates to what was called before.
+enum Same<'a> {
+    New,
+    Again(&'a Call, u32),
+    Replay(&'a Call),
+    Resend(&'a Call, &'a Hold),
+}
+
+struct NewAttempt<'a> {
+    call: Option<&'a Call>,
+    n: u32,
+}
+
+fn same_call<'a>(state: &Loaded<'a>, intent: &Intent, now: UnixMs) -> Result<Same<'a>, Refusal> {
+    let Some(call) = state.call else { return Ok(Same::New) };
+    let remembered =
+        state.answer_kept && call.remember_until.is_some_and(|until| now < until || call.state == CallState::Open);
+    let over = call.state == CallState::Spent && !remembered;
+    if over && !call.by_content {
+        return Ok(Same::New);
+    }
+    let differs = call.fingerprint != intent.fingerprint;
+    if differs && call.binds_parameters(now) {
+        return Err(other_parameters(call, intent));
+    }
+    match call.state {
+        CallState::InFlight => Err(in_use("This call is being made right now; its answer is not known yet.")),
+        CallState::Spent | CallState::Open if remembered => Ok(Same::Replay(call)),
+        CallState::Spent | CallState::Open => Err(already_executed(call)),
+        CallState::Doubt => match state.call_hold {
+            Some(hold) if call.may_resend(now) => Ok(Same::Resend(call, hold)),
+            _ => Err(Refusal::outcome_unknown(false, false, doubt_text(call))),
+        },
+        CallState::Declined if call.by_content => next_after_decline(call, differs, now, intent),
+        CallState::Refused if call.by_content => Ok(Same::Again(call, last_n(call).saturating_add(1))),
+        CallState::NotExecuted if call.by_content => Ok(Same::Again(call, last_n(call))),
+        CallState::Declined | CallState::Refused | CallState::NotExecuted | CallState::Forgotten => {
+            Ok(Same::Again(call, last_n(call).saturating_add(1)))
+        }
+    }
+}
+
+/// After a decline in `content` mode: other parameters (a new card) are a new attempt at once, the same ones only
+/// after a while; until then the same key goes up and Stripe repeats its answer.
+fn next_after_decline<'a>(
+    call: &'a Call,
+    differs: bool,
+    now: UnixMs,
+    intent: &Intent,
+) -> Result<Same<'a>, Refusal> {
+    let n = last_n(call);
+    let ended_at = call.last_attempt().and_then(|attempt| attempt.ended_at).unwrap_or(call.created_at);
+    let waited = now.millis_since(ended_at) >= RETRY_DECLINED_AFTER_MS;
+    match (differs, n < ATTEMPTS_MAX) {
+        (true, true) => Ok(Same::Again(call, n.saturating_add(1))),
+        (true, false) => Err(other_parameters(call, intent)),
+        (false, true) if waited => Ok(Same::Again(call, n.saturating_add(1))),
+        (false, _) => Ok(Same::Again(call, n)),
+    }
+}
+
+fn last_n(call: &Call) -> u32 {
+    call.last_attempt().map_or(1, |attempt| attempt.n)
+}
+
+fn other_parameters(call: &Call, intent: &Intent) -> Refusal {
+    let param = first_difference(&call.params, &intent.params).unwrap_or("parameters").to_owned();
+    let identity = if call.by_content {
+        "This has been charged, or is being charged, under this scope"
+    } else {
+        "Keys for idempotent requests can only be used with the same parameters they were first used with; this key \
+         was used before"
+    };
+    let message = format!("{identity} with other parameters: '{param}' differs (call {}).", call.id);
+    Refusal::of_param(Code::IdempotencyError, param, message)
+}
+
+fn in_use(message: &str) -> Refusal {
+    Refusal::new(Code::IdempotencyKeyInUse, message)
+}
+
+fn already_executed(call: &Call) -> Refusal {
+    let object = call.object_id.as_deref().unwrap_or("an object that is not known here");
+    Refusal::new(
+        Code::AlreadyExecuted,
+        format!("This call was executed as {object} (call {}); its answer is no longer kept.", call.id),
+    )
+}
+
+fn doubt_text(call: &Call) -> String {
+    format!(
+        "Nobody here knows whether Stripe executed this call ({}). Its money stays counted, and it is not sent again \
+         because Stripe may have forgotten its idempotency key. An operator has to look it up.",
+        call.id
+    )
+}
+
+/// What a call would hold.
+struct Reserve<'a> {
+    /// The hold to go on with; a new one when `None`.
+    on: Option<&'a Hold>,
+    /// Who pays.
+    payer: &'a Key,
+    lane: Lane,
+    currency: Option<Currency>,
+    /// What is held afterwards.
+    minor: u64,
+    usd: MicroUsd,
+    /// What must still fit under the payer's caps.
+    more: MicroUsd,
+    decline_voids: bool,
+}
+
+fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal> {
+    let new = |lane, money: Money, usd| Reserve {
+        on: None,
+        payer: state.key,
+        lane,
+        currency: Some(money.currency),
+        minor: money.minor,
+        usd,
+        more: usd,
+        decline_voids: true,
+    };
+    match &intent.claim {
+        Claim::Create { lane, money, usd } => {
+            one_call_fits(state.key, *usd)?;
+            Ok(new(*lane, *money, *usd))
+        }
+        Claim::Unpriced if state.key.is_uncapped() => Ok(Reserve {
+            on: None,
+            payer: state.key,
+            lane: Lane::In,
+            currency: None,
+            minor: 0,
+            usd: MicroUsd::ZERO,
+            more: MicroUsd::ZERO,
+            decline_voids: true,
+        }),
+        Claim::Unpriced => Err(amount_unknown("What this operation costs cannot be known before it is sent")),
+        Claim::Refund { of, minor } => {
+            let (_, currency) = known_object(state, of)?;
+            let money = Money { minor: *minor, currency };
+            let usd = money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
+            one_call_fits(state.key, usd)?;
+            Ok(new(Lane::Out, money, usd))
+        }
+        Claim::Use { object, verb, minor } => {
+            let (hold, currency) = known_object(state, object)?;
+            price_use(state, hold, currency, *verb, *minor)
+        }
+    }
+}
+
+fn price_use<'a>(
+    state: &Loaded<'a>,
+    hold: &'a Hold,
+    currency: Currency,
+    verb: Verb,
+    named: Option<u64>,
+) -> Result<Reserve<'a>, Refusal> {
+    let minor = named.map_or(hold.minor, |named| named.max(hold.minor));
+    let money = Money { minor, currency };
+    let usd = money.to_usd().ok_or_else(|| amount_unknown("The object's amount cannot be counted"))?;
+    let decline_voids = match verb {
+        Verb::Confirm => true,
+        Verb::Capture | Verb::Increment => false,
+    };
+    match hold.state {
+        HoldState::Sending { .. } => Err(in_use("Another call on this object is being made right now.")),
+        HoldState::Doubt => Err(in_use(
+            "The outcome of another call on this object is not known yet. Make that call again, or cancel the object.",
+        )),
+        HoldState::Open => {
+            let more = usd.saturating_sub(hold.usd);
+            // An increment costs what it adds; confirm and capture move all of it.
+            one_call_fits(state.key, if verb == Verb::Increment { more } else { usd })?;
+            Ok(Reserve {
+                on: Some(hold),
+                payer: state.owner.unwrap_or(state.key),
+                lane: hold.lane,
+                currency: Some(currency),
+                minor,
+                usd,
+                more,
+                decline_voids,
+            })
+        }
+        // Declined before, or done: whatever this call does is held anew, by the key that makes it.
+        HoldState::Void | HoldState::Spent => {
+            one_call_fits(state.key, usd)?;
+            Ok(Reserve {
+                on: None,
+                payer: state.key,
+                lane: hold.lane,
+                currency: Some(currency),
+                minor,
+                usd,
+                more: usd,
+                decline_voids: true,
+            })
+        }
+    }
+}
+
+fn known_object<'a>(state: &Loaded<'a>, object: &str) -> Result<(&'a Hold, Currency), Refusal> {
+    state.object_hold.and_then(|hold| Some((hold, hold.currency?))).ok_or_else(|| {
+        amount_unknown(&format!("{object} was not made through this sidecar, so its amount is not known here"))
+    })
+}
+
+fn amount_unknown(why: &str) -> Refusal {
+    Refusal::new(Code::AmountUnknown, format!("{why}. Nothing was sent."))
+}
+
+/// The limit of one call, which needs no running totals.
+///
+/// # Errors
+/// `spend_cap_exceeded` with cap `per_request`.
+pub fn one_call_fits(key: &Key, usd: MicroUsd) -> Result<(), Refusal> {
+    match key.caps.per_request {
+        Some(limit) if usd > limit => Err(Refusal::over_cap(CapFigures {
+            cap: CapKind::PerRequest,
+            limit,
+            spent: MicroUsd::ZERO,
+            held: MicroUsd::ZERO,
+            requested: usd,
+            resets_at: None,
+        })),
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn fits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Result<(), Refusal> {
+    let key = reserve.payer;
+    let subject = Subject::Key(key.id);
+    let whole_life = key.lives_a_day_or_less();
+    let day = reserve.on.map_or(now.day(), |hold| hold.day);
+    let window = if whole_life { Day::TOTAL } else { day };
+    let resets_at = (!whole_life).then(|| day.end());
+    // A key that may spend and has no figure was not meant to: only `uncapped` lifts a cap.
+    let limit_of = |cap: Option<MicroUsd>| if key.caps.uncapped { cap } else { cap.or(Some(MicroUsd::ZERO)) };
+    let limits = match reserve.lane {
+        Lane::In => vec![
+            (CapKind::Daily, limit_of(key.caps.daily), window, resets_at),
+            (CapKind::Total, key.caps.total, Day::TOTAL, None),
+        ],
+        Lane::Out => vec![(CapKind::DailyOut, limit_of(key.caps.daily_out), window, resets_at)],
+    };
+    let tightest = limits
+        .into_iter()
+        .filter_map(|(cap, limit, day, resets_at)| {
+            let limit = limit?;
+            let counter = state.counters.of(subject, day, reserve.lane);
+            let room = limit.saturating_sub(counter.counted());
+            let over = reserve.more > room || counter.counted() > limit;
+            let figures = CapFigures {
+                cap,
+                limit,
+                spent: counter.spent,
+                held: counter.held_and_doubt(),
+                requested: reserve.more,
+                resets_at,
+            };
+            (over && reserve.more > MicroUsd::ZERO).then_some((room, figures))
+        })
+        .min_by_key(|(room, _)| *room);
+    if let Some((_, figures)) = tightest {
+        return Err(Refusal::over_cap(figures));
+    }
+    calls_fit(state, reserve)
+}
+
+fn calls_fit(state: &Loaded<'_>, reserve: &Reserve<'_>) -> Result<(), Refusal> {
+    let (Some(max), None) = (reserve.payer.caps.max_calls, reserve.on) else { return Ok(()) };
+    let made: u64 = [Lane::In, Lane::Out]
+        .map(|lane| state.counters.of(Subject::Key(reserve.payer.id), Day::TOTAL, lane).calls)
+        .iter()
+        .fold(0, |sum, calls| sum.saturating_add(*calls));
+    if made >= max {
+        let message = format!("This key may make {max} money calls, and has made {made}.");
+        return Err(Refusal::new(Code::CallLimitExceeded, message));
+    }
+    Ok(())
+}
+
+fn replay(state: &Loaded<'_>, command: &Admit, call: &Call, now: UnixMs) -> Verdict {
+    let audit = Entry {
+        call_id: Some(call.id.to_string()),
+        decision: Some(Decision::Replayed),
+        outcome: Some(RecordedOutcome::None),
+        object_id: call.object_id.clone(),
+        duration_ms: Some(command.duration_ms),
+        ..entry::of_request(now, Event::Replayed, state.key, &command.intent.facts)
+    };
+    Verdict::Replay(call.id, Box::new(Effects { audit: vec![audit], ..Effects::default() }))
+}
+
+fn resend(
+    state: &Loaded<'_>,
+    command: &Admit,
+    call: &Call,
+    was: &Hold,
+    now: UnixMs,
+) -> Result<Verdict, Refusal> {
+    let (HoldState::Doubt, Some(live)) = (was.state, &was.live) else {
+        return Err(Refusal::outcome_unknown(false, false, doubt_text(call)));
+    };
+    // From here it succeeds.
+    let mut call = call.clone();
+    call.state = CallState::InFlight;
+    if let Some(attempt) = call.attempts.last_mut() {
+        attempt.last_send = now;
+        attempt.sends = attempt.sends.saturating_add(1);
+    }
+    let mut hold = was.clone();
+    hold.state = HoldState::Sending { boot: command.boot };
+    hold.call_id = call.id;
+    hold.since = now;
+    let facts = crate::hold::Facts { request_id: command.intent.facts.request_id.clone(), ..live.facts.clone() };
+    let audit = Entry {
+        flags: Some(vec!["resend".to_owned()]),
+        duration_ms: Some(command.duration_ms),
+        ..entry::of_call(now, Event::Admitted, RecordedOutcome::Held, state.key, &hold, &facts)
+    };
+    if let Some(live) = hold.live.as_mut() {
+        live.facts = facts;
+        live.key_id = state.key.id;
+    }
+    Ok(Verdict::Send(Box::new(Effects {
+        calls: vec![call],
+        hold: Some((Some(was.clone()), hold)),
+        audit: vec![audit],
+        ..Effects::default()
+    })))
+}
+
+fn send(
+    state: &Loaded<'_>,
+    command: &Admit,
+    attempt: &NewAttempt<'_>,
+    reserve: &Reserve<'_>,
+    now: UnixMs,
+) -> Verdict {
+    let intent = &command.intent;
+    let generation = attempt.call.map_or(0, |call| call.generation);
+    let key = upstream_key(&intent.basis, &intent.identity, attempt.n, generation);
+    let call_id = attempt.call.map_or(command.call_id, |call| call.id);
+    let mark = intent.stamp_param.as_ref().map(|_| {
+        let seen = key.clone().unwrap_or_else(|| call_id.to_string());
+        stamp(&intent.estate, &intent.operation, &seen, &intent.basis, attempt.n, generation)
+    });
+    let mut request: ExactRequest = intent.request.clone();
+    request.idempotency_key.clone_from(&key);
+    if let (Some(param), Some(mark)) = (&intent.stamp_param, &mark) {
+        request.params.push((param.clone(), mark.clone()));
+    }
+    let facts = crate::hold::Facts { idempotency_key: key.clone(), ..intent.facts.clone() };
+    let live = LiveCall { request, facts, decline_voids: reserve.decline_voids, key_id: state.key.id };
+    let hold = held(state, command, call_id, reserve, live, now);
+    let made = Attempt {
+        n: attempt.n,
+        upstream_key: key,
+        first_send: now,
+        last_send: now,
+        sends: 1,
+        end: None,
+        ended_at: None,
+        stamp: mark,
+        hold_id: hold.id,
+        saw_5xx: false,
+    };
+    let call = called(state, command, attempt, made, now);
+    let audit = Entry {
+        duration_ms: Some(command.duration_ms),
+        ..entry::of_call(
+            now,
+            Event::Admitted,
+            RecordedOutcome::Held,
+            state.key,
+            &hold,
+            &hold.live.as_ref().map(|live| live.facts.clone()).unwrap_or_default(),
+        )
+    };
+    let objects = hold.object_id.clone().into_iter().collect();
+    Verdict::Send(Box::new(Effects {
+        calls: vec![call],
+        hold: Some((reserve.on.cloned(), hold)),
+        objects,
+        audit: vec![audit],
+        ..Effects::default()
+    }))
+}
+
+fn held(
+    state: &Loaded<'_>,
+    command: &Admit,
+    call_id: CallId,
+    reserve: &Reserve<'_>,
+    live: LiveCall,
+    now: UnixMs,
+) -> Hold {
+    // What is made anew for a known object belongs to that object; a refund is an object of its own.
+    let of_object = match command.intent.claim {
+        Claim::Use { .. } => state.object_hold,
+        Claim::Create { .. } | Claim::Refund { .. } | Claim::Unpriced => None,
+    };
+    let mut calls = of_object.map(|hold| hold.calls.clone()).unwrap_or_default();
+    calls.retain(|known| *known != call_id);
+    calls.push(call_id);
+    let excess = calls.len().saturating_sub(TRAIL_MAX);
+    calls.drain(..excess);
+    Hold {
+        id: reserve.on.map_or(command.hold_id, |hold| hold.id),
+        key_id: reserve.payer.id,
+        call_id,
+        state: HoldState::Sending { boot: command.boot },
+        lane: reserve.lane,
+        day: reserve.on.map_or(now.day(), |hold| hold.day),
+        subjects: vec![Subject::Key(reserve.payer.id)],
+        currency: reserve.currency,
+        minor: reserve.minor,
+        usd: reserve.usd,
+        base: reserve.on.map(|hold| Base { minor: hold.minor, usd: hold.usd }),
+        object_id: of_object.and_then(|hold| hold.object_id.clone()),
+        admitted_at: reserve.on.map_or(now, |hold| hold.admitted_at),
+        since: now,
+        live: Some(live),
+        calls,
+        aliases: of_object.map(|hold| hold.aliases.clone()).unwrap_or_default(),
+    }
+}
+
+fn called(
+    state: &Loaded<'_>,
+    command: &Admit,
+    attempt: &NewAttempt<'_>,
+    made: Attempt,
+    now: UnixMs,
+) -> Call {
+    let intent = &command.intent;
+    let mut attempts: Vec<Attempt> = attempt.call.map(|call| call.attempts.clone()).unwrap_or_default();
+    attempts.retain(|known| known.n != made.n);
+    let hold_id = made.hold_id;
+    attempts.push(made);
+    let excess = attempts.len().saturating_sub(TRAIL_MAX);
+    attempts.drain(..excess);
+    Call {
+        id: attempt.call.map_or(command.call_id, |call| call.id),
+        identity: intent.identity,
+        operation: intent.operation.clone(),
+        state: CallState::InFlight,
+        fingerprint: intent.fingerprint,
+        params: intent.params.clone(),
+        generation: attempt.call.map_or(0, |call| call.generation),
+        attempts,
+        key_id: state.key.id,
+        by_content: match state.key.idempotency {
+            Idempotency::Content { .. } => true,
+            Idempotency::Required | Idempotency::Client => false,
+        },
+        caller_key: match &intent.basis {
+            KeyBasis::Caller(key) => Some(key.clone()),
+            KeyBasis::Content | KeyBasis::Absent => None,
+        },
+        customer: intent.facts.customer.clone(),
+        object_id: intent.facts.object_id.clone(),
+        hold_id,
+        created_at: attempt.call.map_or(now, |call| call.created_at),
+        answered_at: None,
+        remember_until: None,
+    }
+}
+
+/// What the counters become by a hold's change.
+///
+/// # Errors
+/// [`Contradiction`] when the hold was not counted as it was.
+pub fn shift(counters: &mut Counters, effects: &Effects) -> Result<(), Contradiction> {
+    match &effects.hold {
+        Some((was, is)) => counters.shift(was.as_ref(), is),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,411 @@
+//! How a hold leaves "being sent": by an answer, by Stripe's own record of the object, or by a restart.
+//!
+//! | outcome of the answer | a hold made by this call | a hold that was open before |
+//! |---|---|---|
+//! | spent | spent | spent |
+//! | pending | open | open |
+//! | declined | void | void after a confirm, else open as it was |
+//! | refused, turned away, not sent | void | open as it was |
+//! | unknown | doubt | doubt |
+//!
+//! Nothing here releases money without a definite answer.
+
+use crate::audit::{Decision, Entry, Event, RecordedOutcome};
+use crate::call::{Attempt, Call, CallState, EXECUTED_KNOWN_MS, Outcome, StoredAnswer};
+use crate::hold::{Facts, Hold, HoldState};
+use crate::id::{BootId, CallId};
+use crate::key::Key;
+use crate::ledger::entry;
+use crate::ledger::rules::Effects;
+use crate::money::Money;
+use crate::time::{DAY_MS, UnixMs};
+
+/// Other objects that one hold is known by.
+const ALIASES_MAX: usize = 16;
+
+/// What is known after an answer, and what to keep of it.
+#[derive(Clone, Debug)]
+pub struct Resolve {
+    /// What the answer proves.
+    pub outcome: Outcome,
+    /// The objects at Stripe that the answer names as this hold's, the main one first.
+    pub objects: Vec<String>,
+    /// The answer, where one came.
+    pub answer: Option<StoredAnswer>,
+    /// Stripe's `Request-Id`.
+    pub stripe_request_id: Option<String>,
+    /// Stripe's status.
+    pub upstream_status: Option<u16>,
+    /// From acceptance to here, milliseconds.
+    pub duration_ms: u64,
+}
+
+/// What a store loads before it asks.
+#[derive(Clone, Copy, Debug)]
+pub struct InFlight<'a> {
+    /// The hold, as it is stored.
+    pub hold: &'a Hold,
+    /// The call that was sent.
+    pub call: &'a Call,
+    /// All other calls that used the hold.
+    pub others: &'a [Call],
+    /// The key under which the call was made.
+    pub key: &'a Key,
+    /// The key that pays.
+    pub owner: &'a Key,
+}
+
+/// Settles, voids or doubts a hold by what its answer proves.
+pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects {
+    let was = state.hold;
+    let resent = state.call.last_attempt().is_some_and(|attempt| attempt.sends > 1);
+    let mut change = Change::of(was, command.outcome);
+    if let Some(object) = command.objects.first() {
+        change.hold.object_id = Some(object.clone());
+    }
+    for alias in command.objects.iter().skip(1) {
+        if !change.hold.aliases.contains(alias) && change.hold.aliases.len() < ALIASES_MAX {
+            change.hold.aliases.push(alias.clone());
+        }
+    }
+    change.hold.since = now;
+    let over_hold = change.over_hold;
+    let ended = end_of(command.outcome);
+    let mut call = with_end(state.call, ended, command, now);
+    let facts = was.live.as_ref().map(|live| live.facts.clone()).unwrap_or_default();
+    let flags = [(resent, "resend"), (over_hold, "over_hold")]
+        .into_iter()
+        .filter_map(|(set, flag)| set.then(|| flag.to_owned()))
+        .collect::<Vec<_>>();
+    let audit = Entry {
+        stripe_request_id: command.stripe_request_id.clone(),
+        upstream_status: command.upstream_status,
+        duration_ms: Some(command.duration_ms),
+        flags: (!flags.is_empty()).then_some(flags),
+        ..entry::of_call(
+            now,
+            event_of(command.outcome, resent),
+            recorded(command.outcome),
+            state.key,
+            &change.told(was),
+            &facts,
+        )
+    };
+    let keep = command.answer.as_ref().filter(|_| ended.is_some_and(is_remembered));
+    let look_at = now.plus_millis(u64::from(state.key.remember_days).saturating_mul(DAY_MS));
+    if keep.is_some() {
+        call.answered_at = Some(now);
+        call.remember_until = Some(look_at);
+    }
+    let mut calls = vec![call];
+    calls.extend(carried_along(state.others, change.hold.state));
+    Effects {
+        calls,
+        objects: command.objects.clone(),
+        answer: keep.map(|answer| (state.call.id, answer.clone())),
+        key: over_hold.then(|| Key { closed_at: state.owner.closed_at.or(Some(now)), ..state.owner.clone() }),
+        look_at_call: Some((look_at, state.call.id)),
+        hold: Some((Some(was.clone()), change.hold)),
+        audit: vec![audit],
+        ..Effects::default()
+    }
+}
+
+/// How the row of a call ends, or `None` while its outcome is unknown.
+fn end_of(outcome: Outcome) -> Option<CallState> {
+    match outcome {
+        Outcome::Spent { .. } => Some(CallState::Spent),
+        Outcome::Pending { .. } => Some(CallState::Open),
+        Outcome::Declined => Some(CallState::Declined),
+        Outcome::Refused => Some(CallState::Refused),
+        Outcome::TurnedAway | Outcome::NotSent => Some(CallState::NotExecuted),
+        Outcome::Unknown => None,
+    }
+}
+
+fn event_of(outcome: Outcome, was_doubt: bool) -> Event {
+    match outcome {
+        Outcome::Unknown => Event::Doubt,
+        Outcome::Spent { .. }
+        | Outcome::Pending { .. }
+        | Outcome::Declined
+        | Outcome::Refused
+        | Outcome::TurnedAway
+        | Outcome::NotSent
+            if was_doubt =>
+        {
+            Event::Resolved
+        }
+        Outcome::Spent { .. } | Outcome::Pending { .. } => Event::Settled,
+        Outcome::Declined | Outcome::Refused | Outcome::TurnedAway | Outcome::NotSent => Event::Voided,
+    }
+}
+
+fn recorded(outcome: Outcome) -> RecordedOutcome {
+    match outcome {
+        Outcome::Spent { .. } => RecordedOutcome::Spent,
+        Outcome::Pending { .. } => RecordedOutcome::Pending,
+        Outcome::Declined => RecordedOutcome::Declined,
+        Outcome::Refused | Outcome::TurnedAway => RecordedOutcome::None,
+        Outcome::NotSent => RecordedOutcome::NotSent,
+        Outcome::Unknown => RecordedOutcome::Doubt,
+    }
+}
+
+fn is_remembered(state: CallState) -> bool {
+    match state {
+        CallState::Spent | CallState::Open => true,
+        CallState::InFlight
+        | CallState::Declined
+        | CallState::Refused
+        | CallState::Doubt
+        | CallState::NotExecuted
+        | CallState::Forgotten => false,
+    }
+}
+
+fn with_end(call: &Call, ended: Option<CallState>, command: &Resolve, now: UnixMs) -> Call {
+    let mut call = call.clone();
+    call.state = ended.unwrap_or(CallState::Doubt);
+    if let Some(object) = command.objects.first() {
+        call.object_id = Some(object.clone());
+    }
+    if let Some(attempt) = call.attempts.last_mut() {
+        attempt.end = ended;
+        attempt.ended_at = ended.map(|_| now);
+        attempt.saw_5xx |= command.upstream_status.is_some_and(|status| status >= 500);
+    }
+    call
+}
+
+/// Earlier calls on a hold that is now spent are spent with it.
+fn carried_along(others: &[Call], state: HoldState) -> impl Iterator<Item = Call> + '_ {
+    others
+        .iter()
+        .filter(move |other| state == HoldState::Spent && other.state == CallState::Open)
+        .map(|other| Call { state: CallState::Spent, ..other.clone() })
+}
+
+/// A hold as an outcome leaves it.
+struct Change {
+    hold: Hold,
+    over_hold: bool,
+}
+
+impl Change {
+    fn of(was: &Hold, outcome: Outcome) -> Self {
+        let mut hold = was.clone();
+        let mut over_hold = false;
+        match outcome {
+            Outcome::Spent { minor } => {
+                over_hold = book(&mut hold, minor);
+                hold.state = HoldState::Spent;
+                (hold.live, hold.base) = (None, None);
+            }
+            Outcome::Pending { minor } => {
+                // Held in full: what Stripe now calls less may still become more.
+                let higher = minor.max(hold.minor);
+                over_hold = book(&mut hold, higher);
+                hold.state = HoldState::Open;
+                (hold.live, hold.base) = (None, None);
+            }
+            Outcome::Declined if was.live.as_ref().is_none_or(|live| live.decline_voids) => void(&mut hold),
+            Outcome::Declined | Outcome::Refused | Outcome::TurnedAway | Outcome::NotSent => {
+                match hold.base.take() {
+                    Some(base) => {
+                        (hold.minor, hold.usd) = (base.minor, base.usd);
+                        hold.state = HoldState::Open;
+                        hold.live = None;
+                    }
+                    None => void(&mut hold),
+                }
+            }
+            Outcome::Unknown => hold.state = HoldState::Doubt,
+        }
+        Self { hold, over_hold }
+    }
+
+    /// A void tells what was held, not what is left of it.
+    fn told(&self, was: &Hold) -> Hold {
+        match self.hold.state {
+            HoldState::Void => Hold { minor: was.minor, usd: was.usd, ..self.hold.clone() },
+            HoldState::Sending { .. } | HoldState::Open | HoldState::Doubt | HoldState::Spent => {
+                self.hold.clone()
+            }
+        }
+    }
+}
+
+fn void(hold: &mut Hold) {
+    hold.state = HoldState::Void;
+    (hold.live, hold.base) = (None, None);
+}
+
+/// Books what Stripe says; true when that is more than was held.
+fn book(hold: &mut Hold, minor: u64) -> bool {
+    let Some(currency) = hold.currency else { return false };
+    let over = minor > hold.minor;
+    // Vendors read amounts of at most twelve digits, which always have a price.
+    hold.usd = Money { minor, currency }.to_usd().unwrap_or(hold.usd);
+    hold.minor = minor;
+    over
+}
+
+/// What Stripe's own record of an object says, seen in an answer to another call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Final: nothing moved, nothing will.
+    Ended,
+    /// Final: this much moved.
+    Moved {
+        /// Minor units.
+        minor: u64,
+    },
+}
+
+/// Ends an open or doubtful hold by Stripe's own record of its object. `None` when there is nothing to end.
+pub fn observe(
+    hold: &Hold,
+    calls: &[Call],
+    owner: &Key,
+    facts: &Facts,
+    record: Record,
+    now: UnixMs,
+) -> Option<Effects> {
+    let was_doubt = match hold.state {
+        HoldState::Open => false,
+        HoldState::Doubt => true,
+        HoldState::Sending { .. } | HoldState::Spent | HoldState::Void => return None,
+    };
+    let (outcome, end) = match record {
+        Record::Ended => (Outcome::NotSent, CallState::NotExecuted),
+        Record::Moved { minor } => (Outcome::Spent { minor }, CallState::Spent),
+    };
+    let mut bare = hold.clone();
+    (bare.base, bare.live) = (None, None);
+    let mut change = Change::of(&bare, outcome);
+    change.hold.since = now;
+    let touched = |call: &&Call| matches!(call.state, CallState::Open | CallState::Doubt);
+    let drop_answers = match record {
+        Record::Ended => calls.iter().filter(touched).map(|call| call.id).collect(),
+        Record::Moved { .. } => Vec::new(),
+    };
+    let calls = calls.iter().filter(touched).map(|call| ended_call(call, end, now)).collect();
+    let told = match record {
+        Record::Ended => RecordedOutcome::None,
+        Record::Moved { .. } => RecordedOutcome::Spent,
+    };
+    let audit = Entry {
+        decision: Some(Decision::Forwarded),
+        flags: change.over_hold.then(|| vec!["over_hold".to_owned()]),
+        ..entry::of_call(now, event_of(outcome, was_doubt), told, owner, &change.told(hold), facts)
+    };
+    Some(Effects {
+        calls,
+        drop_answers,
+        key: change.over_hold.then(|| Key { closed_at: owner.closed_at.or(Some(now)), ..owner.clone() }),
+        hold: Some((Some(hold.clone()), change.hold)),
+        audit: vec![audit],
+        ..Effects::default()
+    })
+}
+
+fn ended_call(call: &Call, end: CallState, now: UnixMs) -> Call {
+    let mut call = call.clone();
+    call.state = end;
+    if let Some(attempt) = call.attempts.last_mut() {
+        attempt.end = Some(end);
+        attempt.ended_at = Some(now);
+    }
+    if end == CallState::NotExecuted {
+        call.remember_until = None;
+    }
+    call
+}
+
+/// At start: a hold that another run of the process was sending is a doubt. `None` when it is not one.
+pub fn orphan(hold: &Hold, call: Option<&Call>, key: &Key, boot: BootId, now: UnixMs) -> Option<Effects> {
+    match hold.state {
+        HoldState::Sending { boot: sender } if sender != boot => {}
+        HoldState::Sending { .. }
+        | HoldState::Open
+        | HoldState::Doubt
+        | HoldState::Spent
+        | HoldState::Void => return None,
+    }
+    let mut is = hold.clone();
+    is.state = HoldState::Doubt;
+    is.since = now;
+    let facts = hold.live.as_ref().map(|live| live.facts.clone()).unwrap_or_default();
+    let audit = Entry {
+        flags: Some(vec!["restart".to_owned()]),
+        ..entry::of_call(now, Event::Doubt, RecordedOutcome::Doubt, key, &is, &facts)
+    };
+    Some(Effects {
+        calls: call.map(|call| Call { state: CallState::Doubt, ..call.clone() }).into_iter().collect(),
+        hold: Some((Some(hold.clone()), is)),
+        audit: vec![audit],
+        ..Effects::default()
+    })
+}
+
+/// What may go of a call whose time has come to be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prune {
+    /// Everything.
+    All,
+    /// The answer and all that is personal; that it was executed stays known.
+    Answer(UnixMs),
+    /// Nothing yet: look again then.
+    Later(UnixMs),
+}
+
+/// Decides what may go of a call.
+pub fn prune(call: &Call, has_answer: bool, hold_is_live: bool, now: UnixMs) -> Prune {
+    let tomorrow = now.plus_millis(DAY_MS);
+    if hold_is_live {
+        return Prune::Later(tomorrow);
+    }
+    match call.state {
+        CallState::InFlight | CallState::Doubt | CallState::Open => Prune::Later(tomorrow),
+        CallState::Spent => {
+            let until = call.remember_until.unwrap_or(call.created_at);
+            let known_until = until.plus_millis(EXECUTED_KNOWN_MS);
+            if now < until {
+                Prune::Later(until)
+            } else if !call.by_content || now >= known_until {
+                Prune::All
+            } else if has_answer {
+                Prune::Answer(known_until)
+            } else {
+                Prune::Later(known_until)
+            }
+        }
+        CallState::Declined | CallState::Refused | CallState::NotExecuted => {
+            let last = call.last_attempt().map_or(call.created_at, Attempt::settled_at);
+            let until = last.plus_millis(DAY_MS.saturating_mul(2));
+            if now < until { Prune::Later(until) } else { Prune::All }
+        }
+        // Its generation is what makes the next key another one, so it stays as long as an execution would.
+        CallState::Forgotten => {
+            let until = call.created_at.plus_millis(EXECUTED_KNOWN_MS);
+            if now < until { Prune::Later(until) } else { Prune::All }
+        }
+    }
+}
+
+impl Attempt {
+    fn settled_at(&self) -> UnixMs {
+        self.ended_at.unwrap_or(self.last_send)
+    }
+}
+
+/// A call without what is personal in it.
+pub fn stripped(call: &Call) -> Call {
+    Call { params: Vec::new(), ..call.clone() }
+}
+
+/// The id of a call, for lists of calls to load.
+pub fn others_of(hold: &Hold) -> impl Iterator<Item = CallId> + '_ {
+    hold.calls.iter().copied().filter(|call| *call != hold.call_id)
+}

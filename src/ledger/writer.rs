@@ -1,0 +1,61 @@
+//! The one thread that writes: takes every command that waits, up to a bound, and has the store commit once for all.
+//!
+//! No artificial wait fills a batch: at one caller it would only add latency, and under load the queue fills itself.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::audit::Entry;
+use crate::hold::Facts;
+use crate::id::{CallId, HoldId, KeyId};
+use crate::key::Key;
+use crate::ledger::redb::RedbStore;
+use crate::ledger::row::BindingRow;
+use crate::ledger::rules::Admit;
+use crate::ledger::rules::resolve::{Record, Resolve};
+use crate::ledger::{Actor, Admitted, LedgerError, Opening};
+use crate::refusal::Refusal;
+use crate::time::UnixMs;
+
+/// Commands that share one commit.
+const BATCH_COMMANDS_MAX: usize = 256;
+
+/// Where the answer to a command goes, once it is durable.
+pub type Reply<T> = oneshot::Sender<Result<T, LedgerError>>;
+
+/// Everything that changes the ledger. As data, so that a store may load what a whole batch needs at once.
+#[derive(Debug)]
+#[expect(missing_docs, reason = "each variant is the verb of the same name on `Ledger`, with its arguments")]
+pub enum Command {
+    Admit { key_id: KeyId, admit: Box<Admit>, reply: Reply<Admitted> },
+    Resolve { hold_id: HoldId, call_id: CallId, resolve: Box<Resolve>, reply: Reply<()> },
+    Observe { object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
+    Refused { key_id: KeyId, facts: Box<Facts>, refusal: Box<Refusal>, duration_ms: u64, reply: Reply<()> },
+    Record { entry: Box<Entry>, reply: Reply<()> },
+    IssueKey { key: Box<Key>, actor: Actor, reply: Reply<()> },
+    RevokeKey { key_id: KeyId, actor: Actor, reply: Reply<Key> },
+    KillSwitch { on: bool, reason: String, actor: Actor, reply: Reply<()> },
+    Bind { account: String, key_digest: [u8; 32], reply: Reply<BindingRow> },
+    LowerClock { reason: String, actor: Actor, reply: Reply<(UnixMs, UnixMs)> },
+    Flush { reply: Reply<()> },
+    Tick { reply: Reply<()> },
+}
+
+/// Starts the writer. It ends when every handle to the ledger is gone.
+pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, opening: Opening) {
+    std::thread::spawn(move || {
+        let mut writer = store.writer(&opening);
+        while let Some(first) = waiting.blocking_recv() {
+            let mut batch = Vec::with_capacity(16);
+            batch.push(first);
+            while batch.len() < BATCH_COMMANDS_MAX {
+                match waiting.try_recv() {
+                    Ok(command) => batch.push(command),
+                    Err(_) => break,
+                }
+            }
+            writer.commit(batch);
+        }
+    });
+}
