@@ -254,12 +254,7 @@ pub fn identity_of_lone_call(call: CallId) -> Identity {
 }
 
 /// What Stripe gets to see as idempotency key for an attempt: a pure function of the call, the same on every sidecar.
-pub fn upstream_key(
-    basis: &KeyBasis,
-    identity: &Identity,
-    attempt: u32,
-    generation: u32,
-) -> Option<String> {
+pub fn upstream_key(basis: &KeyBasis, identity: &Identity, attempt: u32, generation: u32) -> Option<String> {
     match basis {
         KeyBasis::Caller(key) => Some(key.clone()),
         KeyBasis::Content => {
@@ -340,8 +335,8 @@ fn param_digest(salt: &[u8; 32], name: &str, value: &str) -> ParamDigest {
     hash.update(name);
     hash.update(value);
     let digest: [u8; 32] = hash.finalize().into();
-    let [a, b, c, d, e, f, g, h, ..] = digest;
-    ParamDigest { name: name.to_owned(), digest: u64::from_be_bytes([a, b, c, d, e, f, g, h]) }
+    let first = digest.first_chunk().copied().unwrap_or_default();
+    ParamDigest { name: name.to_owned(), digest: u64::from_be_bytes(first) }
 }
 
 fn digest_of(parts: &[&str]) -> [u8; 32] {
@@ -419,6 +414,18 @@ pub enum Outcome {
     Unknown,
 }
 
+/// What the vendor's own record of an object says, seen in an answer to another call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Final: nothing moved, nothing will.
+    Ended,
+    /// Final: this much moved.
+    Moved {
+        /// Minor units.
+        minor: u64,
+    },
+}
+
 /// What an answer proves about an attempt: the table of answers.
 ///
 /// `first_send` is false once bytes of the same attempt may have left before: then a refusal of *this* request says
@@ -430,7 +437,6 @@ pub fn conclude(reading: &Reading, first_send: bool, replayed: bool, basis: &Key
         Reading::NotMoved | Reading::Declined => Outcome::Declined,
         Reading::Invalid if first_send || replayed => Outcome::Refused,
         Reading::OwnKeyRefused | Reading::Throttled if first_send || replayed => Outcome::TurnedAway,
-        Reading::Invalid | Reading::OwnKeyRefused | Reading::Throttled => Outcome::Unknown,
         Reading::KeyMismatch => match basis {
             KeyBasis::Caller(_) | KeyBasis::Absent if first_send => Outcome::Refused,
             KeyBasis::Caller(_) | KeyBasis::Absent | KeyBasis::Content => Outcome::Unknown,
@@ -442,7 +448,11 @@ pub fn conclude(reading: &Reading, first_send: bool, replayed: bool, basis: &Key
                 Outcome::Unknown
             }
         }
-        Reading::Unclear { .. } | Reading::Silence => Outcome::Unknown,
+        Reading::Invalid
+        | Reading::OwnKeyRefused
+        | Reading::Throttled
+        | Reading::Unclear { .. }
+        | Reading::Silence => Outcome::Unknown,
     }
 }
 
@@ -550,7 +560,8 @@ mod tests {
 
     #[test]
     fn an_upstream_key_is_a_pure_function_of_the_call() {
-        let identity = identity_of_content(&estate(), "POST /v1/charges", "", "b:1", &[("customer", "cus_1")]);
+        let identity =
+            identity_of_content(&estate(), "POST /v1/charges", "", "b:1", &[("customer", "cus_1")]);
         let key = |attempt, generation| upstream_key(&KeyBasis::Content, &identity, attempt, generation);
         // Fixed for ever: another value would let a charge through twice after an upgrade.
         assert_eq!(key(1, 0).as_deref(), Some("kb1_IXXf6P_aNQcBm9GDG34Fc5p2RiWqXBlKoVTwauMh6c4"));

@@ -22,14 +22,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
-use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, StoredAnswer};
+use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, Record, StoredAnswer};
 use crate::hold::{ExactRequest, Facts, Hold};
 use crate::id::{BootId, CallId, HoldId, KeyId, LedgerId};
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
-use crate::ledger::rules::resolve::{Record, Resolve};
+use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::writer::Command;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
@@ -51,7 +51,9 @@ pub enum LedgerError {
     #[error("another process is using this ledger; every sidecar needs a DATA_DIR of its own")]
     Locked,
     /// Written by a newer version of this program.
-    #[error("the ledger has format {found}, and this build reads formats up to {known}: use a newer keybrake")]
+    #[error(
+        "the ledger has format {found}, and this build reads formats up to {known}: use a newer keybrake"
+    )]
     NewerFormat {
         /// The file's format.
         found: u32,
@@ -59,7 +61,9 @@ pub enum LedgerError {
         known: u32,
     },
     /// Bound to another account or mode.
-    #[error("this ledger belongs to {bound}, and the Stripe key to {offered}: use a DATA_DIR of its own for it")]
+    #[error(
+        "this ledger belongs to {bound}, and the Stripe key to {offered}: use a DATA_DIR of its own for it"
+    )]
     BoundElsewhere {
         /// To what it is bound.
         bound: String,

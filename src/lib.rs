@@ -1,12 +1,17 @@
 //! Keybrake.
-pub mod money;
-pub mod id;
-pub mod time;
-pub mod secret;
-pub mod refusal;
-pub mod key;
-pub mod hold;
-pub mod call;
-pub mod intent;
 pub mod audit;
+pub mod call;
+pub mod config;
+pub mod hold;
+pub mod id;
+pub mod intent;
+pub mod key;
 pub mod ledger;
+pub mod money;
+pub mod refusal;
+pub mod secret;
+pub mod server;
+pub mod time;
+pub mod tls;
+pub mod upstream;
+pub mod vendor;

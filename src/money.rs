@@ -62,7 +62,8 @@ impl Money {
 /// non-ASCII digit.
 pub fn parse_amount(text: &str) -> Option<u64> {
     let digits = text.as_bytes();
-    let plain = !digits.is_empty() && digits.len() <= AMOUNT_DIGITS_MAX && digits.iter().all(u8::is_ascii_digit);
+    let plain =
+        !digits.is_empty() && digits.len() <= AMOUNT_DIGITS_MAX && digits.iter().all(u8::is_ascii_digit);
     let leading_zero = digits.len() > 1 && digits.first() == Some(&b'0');
     if !plain || leading_zero {
         return None;
@@ -147,6 +148,7 @@ impl MicroUsd {
     }
 
     /// The difference, or zero.
+    #[must_use]
     pub fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
@@ -204,14 +206,17 @@ mod tests {
     fn amounts_have_one_spelling() {
         assert_eq!(parse_amount("0"), Some(0));
         assert_eq!(parse_amount("999999999999"), Some(999_999_999_999));
-        for text in ["", "00", "01", "+5", "-5", " 5", "5 ", "5.0", "1e3", "5_000", "٥", "0x10", "1000000000000"] {
+        for text in
+            ["", "00", "01", "+5", "-5", " 5", "5 ", "5.0", "1e3", "5_000", "٥", "0x10", "1000000000000"]
+        {
             assert_eq!(parse_amount(text), None, "{text}");
         }
     }
 
     #[test]
     fn dollars_are_shown_as_they_are() {
-        for (micros, text) in [(0, "0.00"), (32_990_000, "32.99"), (10_000, "0.01"), (1_234_567, "1.234567")] {
+        for (micros, text) in [(0, "0.00"), (32_990_000, "32.99"), (10_000, "0.01"), (1_234_567, "1.234567")]
+        {
             assert_eq!(MicroUsd(micros).to_string(), text);
         }
     }

@@ -51,9 +51,9 @@ codes! {
     AmountUnknown = "amount_unknown", 403, false,
         "What this call would cost cannot be known before it is sent, and the key has a cap.";
     BodyTooLarge = "body_too_large", 413, false,
-        "The request body is larger than MAX_BODY_BYTES.";
+        "The request body is larger than the sidecar takes.";
     CallLimitExceeded = "call_limit_exceeded", 429, false,
-        "The key has made as many money calls as its max_calls allows.";
+        "The key has made as many money calls as it may make.";
     Conflict = "conflict", 409, false,
         "The thing named is not in a state in which this can be done.";
     CurrencyNotAllowed = "currency_not_allowed", 403, false,
@@ -241,7 +241,10 @@ impl Refusal {
 
     /// The ledger could not take it.
     pub fn ledger_unavailable() -> Self {
-        Self::new(Code::LedgerUnavailable, "The ledger cannot be written right now; nothing was sent to Stripe.")
+        Self::new(
+            Code::LedgerUnavailable,
+            "The ledger cannot be written right now; nothing was sent to Stripe.",
+        )
     }
 
     /// Stripe may have executed the call; `retry` says whether the same request may be sent again.

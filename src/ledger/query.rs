@@ -15,7 +15,7 @@ use crate::ledger::row::{
     self, AUDIT, AUDIT_LAST, AuditFloorRow, BindingRow, CALL_IDS, CALLS, COUNTERS, HOLDS, KEY_DIGESTS, KEYS,
     KillSwitchRow, META, PHASE_LIVE, meta,
 };
-use crate::ledger::{LedgerError, HoldView};
+use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
 
 /// Rows that one page may look at before it is cut short and told to go on.
@@ -157,10 +157,15 @@ impl RedbStore {
         let table = open_or!(txn, KEYS, Page { items: Vec::new(), next: None });
         let end = after.map_or([255; 16], |id| *id.as_bytes());
         let mut rows = table.range::<&[u8; 16]>(..&end)?.rev().map(|found| row::decode(found?.1.value()));
-        page(&mut rows, limit, |key: &Key| key.id, |key| {
-            filter.label.as_ref().is_none_or(|label| key.label == *label)
-                && filter.status.is_none_or(|status| key.status(now) == status)
-        })
+        page(
+            &mut rows,
+            limit,
+            |key: &Key| key.id,
+            |key| {
+                filter.label.as_ref().is_none_or(|label| key.label == *label)
+                    && filter.status.is_none_or(|status| key.status(now) == status)
+            },
+        )
     }
 
     /// A key's counter of one day, or of all days, in one lane.
@@ -192,9 +197,12 @@ impl RedbStore {
             .range((PHASE_LIVE, &[0; 16])..(PHASE_LIVE, &end))?
             .rev()
             .map(|found| row::decode(found?.1.value()));
-        let holds = page(&mut rows, limit, |hold: &Hold| hold.id, |hold| {
-            state.is_none_or(|state| hold.state.as_str() == state)
-        })?;
+        let holds = page(
+            &mut rows,
+            limit,
+            |hold: &Hold| hold.id,
+            |hold| state.is_none_or(|state| hold.state.as_str() == state),
+        )?;
         let items = holds
             .items
             .into_iter()

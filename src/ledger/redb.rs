@@ -39,9 +39,10 @@ storage_errors!(
 
 impl From<redb::DatabaseError> for LedgerError {
     fn from(error: redb::DatabaseError) -> Self {
-        match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => Self::Locked,
-            other => Self::Unavailable(other.to_string()),
+        if matches!(error, redb::DatabaseError::DatabaseAlreadyOpen) {
+            Self::Locked
+        } else {
+            Self::Unavailable(error.to_string())
         }
     }
 }
@@ -63,10 +64,7 @@ impl RedbStore {
         Self::prepare(Database::create(path)?, opening)
     }
 
-    pub(crate) fn open_backend(
-        backend: impl StorageBackend,
-        opening: &Opening,
-    ) -> Result<Self, LedgerError> {
+    pub(crate) fn open_backend(backend: impl StorageBackend, opening: &Opening) -> Result<Self, LedgerError> {
         Self::prepare(Database::builder().create_with_backend(backend)?, opening)
     }
 
@@ -150,7 +148,7 @@ impl Writer<'_> {
     pub fn commit(&mut self, batch: Vec<Command>) {
         if let Some(why) = self.store.failure() {
             let error = LedgerError::Unavailable(why);
-            batch.into_iter().for_each(|command| refuse_command(command, &error));
+            refuse_all(batch, &error);
             return;
         }
         let mut waiting = Vec::with_capacity(batch.len());
@@ -163,15 +161,11 @@ impl Writer<'_> {
         }
     }
 
-    fn try_commit(
-        &mut self,
-        batch: Vec<Command>,
-        waiting: &mut Vec<Waiting>,
-    ) -> Result<(), LedgerError> {
+    fn try_commit(&mut self, batch: Vec<Command>, waiting: &mut Vec<Waiting>) -> Result<(), LedgerError> {
         let txn = match begin(&self.store.db) {
             Ok(txn) => txn,
             Err(error) => {
-                batch.into_iter().for_each(|command| refuse_command(command, &error));
+                refuse_all(batch, &error);
                 return Err(error);
             }
         };
@@ -179,7 +173,7 @@ impl Writer<'_> {
         let mut tx = match Tx::open(&txn, &self.opening, self.head) {
             Ok(tx) => tx,
             Err(error) => {
-                commands.for_each(|command| refuse_command(command, &error));
+                refuse_all(commands, &error);
                 return Err(error);
             }
         };
@@ -196,7 +190,7 @@ impl Writer<'_> {
             }
         }
         if let Some(error) = broken {
-            commands.for_each(|command| refuse_command(command, &error));
+            refuse_all(commands, &error);
             return Err(error);
         }
         let (wrote, head) = (tx.wrote(), tx.head());
@@ -240,6 +234,12 @@ fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Execut
     }
 }
 
+fn refuse_all(commands: impl IntoIterator<Item = Command>, error: &LedgerError) {
+    for command in commands {
+        refuse_command(command, error);
+    }
+}
+
 fn refuse_command(command: Command, error: &LedgerError) {
     fn tell<T>(reply: Reply<T>, error: &LedgerError) {
         // Whoever asked may have gone.
@@ -274,7 +274,7 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
             answer(reply, tx.refused(key_id, &facts, &refusal, duration_ms, now))
         }
         Command::Record { entry, reply } => {
-            answer(reply, tx.append(Entry { at: now.to_string(), ..*entry }))
+            answer(reply, tx.append(&Entry { at: now.to_string(), ..*entry }))
         }
         Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(&key, &actor, now)),
         Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(key_id, &actor, now)),
@@ -289,7 +289,7 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
                 store.mark.store(wall.millis(), Ordering::SeqCst);
             }
             answer(reply, lowered)
-        },
+        }
         Command::Flush { reply } => answer(reply, Ok(())),
         Command::Tick { reply } => answer(reply, tx.tick(now)),
     }
@@ -332,7 +332,7 @@ impl Tx<'_> {
         let mut detail = Map::new();
         detail.insert("format".to_owned(), Value::from(FORMAT));
         detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
-        self.append(entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))
+        self.append(&entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))
     }
 
     fn check_mode(&mut self, opening: &Opening) -> Result<(), LedgerError> {

@@ -135,8 +135,8 @@ struct NewAttempt<'a> {
 
 fn same_call<'a>(state: &Loaded<'a>, intent: &Intent, now: UnixMs) -> Result<Same<'a>, Refusal> {
     let Some(call) = state.call else { return Ok(Same::New) };
-    let remembered =
-        state.answer_kept && call.remember_until.is_some_and(|until| now < until || call.state == CallState::Open);
+    let remembered = state.answer_kept
+        && call.remember_until.is_some_and(|until| now < until || call.state == CallState::Open);
     let over = call.state == CallState::Spent && !remembered;
     if over && !call.by_content {
         return Ok(Same::New);
@@ -263,7 +263,8 @@ fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal
         Claim::Refund { of, minor } => {
             let (_, currency) = known_object(state, of)?;
             let money = Money { minor: *minor, currency };
-            let usd = money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
+            let usd =
+                money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
             one_call_fits(state.key, usd)?;
             Ok(new(Lane::Out, money, usd))
         }
@@ -327,7 +328,9 @@ fn price_use<'a>(
 
 fn known_object<'a>(state: &Loaded<'a>, object: &str) -> Result<(&'a Hold, Currency), Refusal> {
     state.object_hold.and_then(|hold| Some((hold, hold.currency?))).ok_or_else(|| {
-        amount_unknown(&format!("{object} was not made through this sidecar, so its amount is not known here"))
+        amount_unknown(&format!(
+            "{object} was not made through this sidecar, so its amount is not known here"
+        ))
     })
 }
 
@@ -439,7 +442,8 @@ fn resend(
     hold.state = HoldState::Sending { boot: command.boot };
     hold.call_id = call.id;
     hold.since = now;
-    let facts = crate::hold::Facts { request_id: command.intent.facts.request_id.clone(), ..live.facts.clone() };
+    let facts =
+        crate::hold::Facts { request_id: command.intent.facts.request_id.clone(), ..live.facts.clone() };
     let audit = Entry {
         flags: Some(vec!["resend".to_owned()]),
         duration_ms: Some(command.duration_ms),
@@ -553,13 +557,7 @@ fn held(
     }
 }
 
-fn called(
-    state: &Loaded<'_>,
-    command: &Admit,
-    attempt: &NewAttempt<'_>,
-    made: Attempt,
-    now: UnixMs,
-) -> Call {
+fn called(state: &Loaded<'_>, command: &Admit, attempt: &NewAttempt<'_>, made: Attempt, now: UnixMs) -> Call {
     let intent = &command.intent;
     let mut attempts: Vec<Attempt> = attempt.call.map(|call| call.attempts.clone()).unwrap_or_default();
     attempts.retain(|known| known.n != made.n);

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
+use crate::call::Record;
 use crate::hold::Facts;
 use crate::id::{CallId, HoldId, KeyId};
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
-use crate::ledger::rules::resolve::{Record, Resolve};
+use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::{Actor, Admitted, LedgerError, Opening};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;

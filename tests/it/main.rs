@@ -1,1 +1,4 @@
-//! Integration tests.
+//! Integration tests: one binary, because linking many costs more than it orders.
+
+#[path = "../standin/standin.rs"]
+mod standin;

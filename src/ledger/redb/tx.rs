@@ -6,7 +6,7 @@ use redb::{ReadableTable, WriteTransaction};
 use serde_json::{Map, Value};
 
 use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
-use crate::call::{Call, EXECUTED_KNOWN_MS, StoredAnswer};
+use crate::call::{Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState, Lane, Subject};
 use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
 use crate::intent::Claim;
@@ -17,7 +17,7 @@ use crate::ledger::row::{
     KEY_DIGESTS, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS,
     RefusalRow, meta,
 };
-use crate::ledger::rules::resolve::{self, InFlight, Record, Resolve};
+use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict};
 use crate::ledger::{Actor, LedgerError, Opening, entry};
 use crate::refusal::Refusal;
@@ -132,7 +132,7 @@ impl<'t> Tx<'t> {
         detail.insert("after".to_owned(), Value::from(wall.to_string()));
         detail.insert("reason".to_owned(), Value::from(reason));
         // The record carries the lowered time, so that it becomes the mark.
-        self.append(entry::of_admin(wall, Event::ClockLowered, &actor.0, None, detail))?;
+        self.append(&entry::of_admin(wall, Event::ClockLowered, &actor.0, None, detail))?;
         Ok((now, wall))
     }
 
@@ -161,7 +161,7 @@ impl<'t> Tx<'t> {
             let mut detail = Map::new();
             detail.insert("account".to_owned(), Value::from(account));
             detail.insert("mode".to_owned(), Value::from(is.mode.as_str()));
-            self.append(entry::of_admin(now, Event::AccountBound, "keybrake", None, detail))?;
+            self.append(&entry::of_admin(now, Event::AccountBound, "keybrake", None, detail))?;
         }
         Ok(is)
     }
@@ -182,7 +182,7 @@ impl<'t> Tx<'t> {
         let mut detail = Map::new();
         detail.insert("on".to_owned(), Value::from(on));
         detail.insert("reason".to_owned(), Value::from(reason));
-        self.append(entry::of_admin(now, Event::KillSwitch, &actor.0, None, detail))
+        self.append(&entry::of_admin(now, Event::KillSwitch, &actor.0, None, detail))
     }
 
     // --- keys
@@ -204,7 +204,7 @@ impl<'t> Tx<'t> {
         self.txn.open_table(KEY_DIGESTS)?.insert(&key.digest, (KEY_KIND_VAULT, key.id.as_bytes()))?;
         let look_at = key.expires_at.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS));
         self.put_due(look_at, DUE_KEY, key.id.as_bytes())?;
-        self.append(entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
+        self.append(&entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
     }
 
     pub(super) fn revoke_key(&mut self, id: KeyId, actor: &Actor, now: UnixMs) -> Result<Key, LedgerError> {
@@ -212,7 +212,7 @@ impl<'t> Tx<'t> {
         if key.revoked_at.is_none() {
             key.revoked_at = Some(now);
             self.put_key(&key)?;
-            self.append(entry::of_admin(now, Event::KeyRevoked, &actor.0, Some(&key), Map::new()))?;
+            self.append(&entry::of_admin(now, Event::KeyRevoked, &actor.0, Some(&key), Map::new()))?;
         }
         Ok(key)
     }
@@ -435,7 +435,7 @@ impl<'t> Tx<'t> {
         if let Some((at, call)) = &effects.look_at_call {
             self.put_due(*at, DUE_CALL, call.as_bytes())?;
         }
-        effects.audit.into_iter().try_for_each(|entry| self.append(entry))
+        effects.audit.iter().try_for_each(|entry| self.append(entry))
     }
 
     fn put_hold(&mut self, was: Option<&Hold>, is: &Hold, now: UnixMs) -> Result<(), LedgerError> {
@@ -485,7 +485,7 @@ impl<'t> Tx<'t> {
         };
         let row = match before {
             None => {
-                self.append(entry)?;
+                self.append(&entry)?;
                 RefusalRow { count: 0, entry: String::new() }
             }
             Some(before) => RefusalRow {
@@ -498,7 +498,7 @@ impl<'t> Tx<'t> {
         Ok(())
     }
 
-    pub(super) fn append(&mut self, entry: Entry) -> Result<(), LedgerError> {
+    pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
         let seq = self.head.seq.saturating_add(1);
         let place = Place {
             seq,
@@ -507,7 +507,7 @@ impl<'t> Tx<'t> {
             chain_id: &self.chain_id,
             prev_hash: self.head.hash,
         };
-        let sealed = audit::seal(&place, &entry);
+        let sealed = audit::seal(&place, entry);
         let stored = [sealed.hash.as_slice(), &sealed.bytes].concat();
         self.wrote = true;
         self.txn.open_table(AUDIT)?.insert(seq, stored.as_slice())?;

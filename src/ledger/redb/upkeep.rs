@@ -52,7 +52,7 @@ impl Tx<'_> {
             if refusals.count > 0 {
                 let entry: Entry =
                     serde_json::from_str(&refusals.entry).map_err(|_| LedgerError::Corrupt("refusal"))?;
-                self.append(Entry { count: Some(refusals.count), ..entry })?;
+                self.append(&Entry { count: Some(refusals.count), ..entry })?;
             }
             self.wrote_rows();
             self.txn().open_table(REFUSALS)?.remove((&id, code.as_str(), minute))?;
@@ -126,7 +126,8 @@ impl Tx<'_> {
         let mut objects = self.txn().open_table(OBJECTS)?;
         for object in hold.object_id.iter().chain(&hold.aliases) {
             // The object may belong to a newer hold by now.
-            let ours = objects.get(("", object.as_str()))?.is_some_and(|found| found.value() == id.as_bytes());
+            let ours =
+                objects.get(("", object.as_str()))?.is_some_and(|found| found.value() == id.as_bytes());
             if ours {
                 objects.remove(("", object.as_str()))?;
             }
@@ -170,10 +171,8 @@ impl Tx<'_> {
             if kept || seq.value() > indexed || seq.value() >= self.head().seq {
                 break;
             }
-            floor = Some(AuditFloorRow {
-                seq: seq.value().saturating_add(1),
-                prev_hash: ByteArray::from(hash),
-            });
+            floor =
+                Some(AuditFloorRow { seq: seq.value().saturating_add(1), prev_hash: ByteArray::from(hash) });
             old.push((seq.value(), call_of(bytes)?));
         }
         let Some(floor) = floor else { return Ok(()) };

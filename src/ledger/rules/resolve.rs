@@ -1,4 +1,4 @@
-//! How a hold leaves "being sent": by an answer, by Stripe's own record of the object, or by a restart.
+//! How a hold leaves "being sent": by an answer, by the vendor's own record of the object, or by a restart.
 //!
 //! | outcome of the answer | a hold made by this call | a hold that was open before |
 //! |---|---|---|
@@ -11,7 +11,7 @@
 //! Nothing here releases money without a definite answer.
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
-use crate::call::{Attempt, Call, CallState, EXECUTED_KNOWN_MS, Outcome, StoredAnswer};
+use crate::call::{Attempt, Call, CallState, EXECUTED_KNOWN_MS, Outcome, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState};
 use crate::id::{BootId, CallId};
 use crate::key::Key;
@@ -75,7 +75,8 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
     let facts = was.live.as_ref().map(|live| live.facts.clone()).unwrap_or_default();
     let flags = [(resent, "resend"), (over_hold, "over_hold")]
         .into_iter()
-        .filter_map(|(set, flag)| set.then(|| flag.to_owned()))
+        .filter(|(set, _)| *set)
+        .map(|(_, flag)| flag.to_owned())
         .collect::<Vec<_>>();
     let audit = Entry {
         stripe_request_id: command.stripe_request_id.clone(),
@@ -251,19 +252,7 @@ fn book(hold: &mut Hold, minor: u64) -> bool {
     over
 }
 
-/// What Stripe's own record of an object says, seen in an answer to another call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Record {
-    /// Final: nothing moved, nothing will.
-    Ended,
-    /// Final: this much moved.
-    Moved {
-        /// Minor units.
-        minor: u64,
-    },
-}
-
-/// Ends an open or doubtful hold by Stripe's own record of its object. `None` when there is nothing to end.
+/// Ends an open or doubtful hold by the vendor's own record of its object. `None` when there is nothing to end.
 pub fn observe(
     hold: &Hold,
     calls: &[Call],

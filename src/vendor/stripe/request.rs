@@ -1,0 +1,402 @@
+//! From a request that was read in exactly one way to the intent that the ledger judges.
+
+use crate::call::{self, Estate, KeyBasis, UPSTREAM_KEY_PREFIX};
+use crate::hold::{ExactRequest, Facts, Lane};
+use crate::id::CallId;
+use crate::intent::{Claim, Intent, Verb};
+use crate::key::{Idempotency, Key};
+use crate::money::{Currency, Money, parse_amount};
+use crate::refusal::{Code, Refusal};
+use crate::vendor::stripe::catalogue::Operation;
+use crate::vendor::stripe::form::{self, Params};
+use crate::vendor::stripe::rules::Priced;
+use crate::vendor::stripe::{METADATA_KEYS_MAX, STAMP_PARAM, VERSION_MAX, VERSION_MIN};
+
+/// The longest idempotency key, in bytes, as at Stripe.
+pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 255;
+
+/// A request that was read, before it is judged.
+#[derive(Clone, Debug)]
+pub struct Reading<'a> {
+    /// The operation.
+    pub operation: &'static Operation,
+    /// The ids in the path's slots.
+    pub ids: Vec<String>,
+    /// The path, without a mount.
+    pub path: String,
+    /// The parameters.
+    pub params: Params,
+    /// `Idempotency-Key`; an empty one is none.
+    pub caller_key: Option<String>,
+    /// `Stripe-Version`.
+    pub version: Option<String>,
+    /// Our id for the request.
+    pub request_id: &'a str,
+}
+
+/// What an intent needs besides the request.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings<'a> {
+    /// Whose account and mode.
+    pub estate: &'a Estate,
+    /// The ledger's salt.
+    pub salt: &'a [u8; 32],
+    /// Whether objects are stamped.
+    pub stamp: bool,
+    /// An id for a call that can never be made again.
+    pub lone_call: CallId,
+}
+
+/// Checks `Stripe-Version`: a release from the range that the catalogue stands for, and no preview.
+///
+/// # Errors
+/// `parameter_invalid`.
+pub fn check_version(version: &str) -> Result<(), Refusal> {
+    let (date, name) = version.split_once('.').map_or((version, None), |(date, name)| (date, Some(name)));
+    let digits = date.bytes().enumerate().all(|(at, byte)| match at {
+        4 | 7 => byte == b'-',
+        _ => byte.is_ascii_digit(),
+    });
+    let named =
+        name.is_none_or(|name| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_lowercase()));
+    let released = date.len() == 10 && digits && named && name != Some("preview");
+    if released && (VERSION_MIN..=VERSION_MAX).contains(&date) {
+        return Ok(());
+    }
+    Err(Refusal::of_param(
+        Code::ParameterInvalid,
+        "Stripe-Version",
+        format!(
+            "Stripe-Version must be a release from {VERSION_MIN} to {VERSION_MAX}; previews are not supported."
+        ),
+    ))
+}
+
+/// Checks the caller's idempotency key against the mode of the vault key.
+///
+/// # Errors
+/// `idempotency_key_required` or `parameter_invalid`.
+pub fn check_caller_key(key: &Key, caller_key: Option<&str>) -> Result<(), Refusal> {
+    let reserved = caller_key.is_some_and(|sent| sent.starts_with(UPSTREAM_KEY_PREFIX));
+    match (&key.idempotency, caller_key) {
+        (Idempotency::Required | Idempotency::Client, Some(_)) if reserved => Err(Refusal::of_param(
+            Code::ParameterInvalid,
+            "Idempotency-Key",
+            format!("An Idempotency-Key may not start with {UPSTREAM_KEY_PREFIX}."),
+        )),
+        (Idempotency::Content { .. } | Idempotency::Client, _) => Ok(()),
+        (Idempotency::Required, Some(sent)) if !is_made_up(sent) => Ok(()),
+        (Idempotency::Required, sent) => {
+            let what = if sent.is_some() {
+                "This call has an Idempotency-Key that the SDK made up at random"
+            } else {
+                "This call has no Idempotency-Key"
+            };
+            Err(Refusal::of_param(
+                Code::IdempotencyKeyRequired,
+                "Idempotency-Key",
+                format!(
+                    "{what}, so the next run of the same script would be a new charge. Two ways out: pass an \
+                     idempotency key of your own, made from what is billed (for instance customer and period), or mint \
+                     the vault key with \"idempotency\": \"content\" and an \"idempotency_scope\" and leave the script \
+                     as it is."
+                ),
+            ))
+        }
+    }
+}
+
+/// Whether a key has a shape that SDKs make up for each run: a UUID (Python, Java), `stripe-node-retry-…` (Node) or
+/// nanoseconds with six characters (Go).
+fn is_made_up(key: &str) -> bool {
+    let lengths: Vec<usize> = key.split('-').map(str::len).collect();
+    let uuid =
+        lengths == [8, 4, 4, 4, 12] && key.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit());
+    let go = key.split_once('_').is_some_and(|(nanos, tail)| {
+        (15..=20).contains(&nanos.len())
+            && nanos.bytes().all(|byte| byte.is_ascii_digit())
+            && tail.len() == 6
+            && tail.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+    });
+    uuid || go || key.starts_with("stripe-node-retry-")
+}
+
+/// What the records of a request say, money or not.
+pub fn facts(reading: &Reading<'_>) -> Facts {
+    let metadata = reading.params.pairs().iter().filter_map(|(name, value)| {
+        let inner = name.strip_prefix("metadata[")?.strip_suffix(']')?;
+        Some((inner.to_owned(), without_card_numbers(value)))
+    });
+    Facts {
+        request_id: reading.request_id.to_owned(),
+        method: reading.operation.method.to_owned(),
+        endpoint: reading.path.clone(),
+        idempotency_key: reading.caller_key.clone(),
+        customer: reading.params.get("customer").filter(|value| !value.is_empty()).map(str::to_owned),
+        object_id: reading.ids.last().cloned(),
+        stripe_metadata: metadata.take(METADATA_KEYS_MAX).collect(),
+    }
+}
+
+/// Masks digit runs that could be a card number: nobody means to write one into a log.
+fn without_card_numbers(text: &str) -> String {
+    let is_part = |c: char| c.is_ascii_digit() || c == ' ' || c == '-';
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(|c: char| c.is_ascii_digit()) {
+        let (before, run) = rest.split_at(start);
+        let end = run.find(|c| !is_part(c)).unwrap_or(run.len());
+        let (run, after) = run.split_at(end);
+        out.push_str(before);
+        let digits: Vec<u32> = run.chars().filter_map(|c| c.to_digit(10)).collect();
+        let masked = (13..=19).contains(&digits.len()) && luhn(&digits);
+        out.push_str(if masked { "[card number removed]" } else { run });
+        rest = after;
+    }
+    out + rest
+}
+
+fn luhn(digits: &[u32]) -> bool {
+    let sum: u32 = digits
+        .iter()
+        .rev()
+        .enumerate()
+        .map(|(at, digit)| match (at % 2, digit * 2) {
+            (0, _) => *digit,
+            (_, doubled) if doubled > 9 => doubled - 9,
+            (_, doubled) => doubled,
+        })
+        .sum();
+    sum.is_multiple_of(10)
+}
+
+/// Builds the intent of a money call. `priced` is `None` for an operation whose price nobody knows.
+///
+/// # Errors
+/// The refusals that the request alone decides: amounts, currency, identity.
+pub fn intent(
+    reading: &Reading<'_>,
+    priced: Option<Priced>,
+    key: &Key,
+    around: Surroundings<'_>,
+) -> Result<Intent, Refusal> {
+    let params = &reading.params;
+    let claim = match priced {
+        Some(priced) => claim(priced, reading)?,
+        None => Claim::Unpriced,
+    };
+    let (identity, basis) = identity(reading, priced, key, around)?;
+    let compared: Vec<_> =
+        params.pairs().iter().filter(|(name, _)| form::base(name) != "expand").cloned().collect();
+    let (fingerprint, digests) =
+        call::fingerprint(around.salt, reading.operation.template, &reading.path, "", &compared);
+    let metadata = params.pairs().iter().filter(|(name, _)| form::base(name) == "metadata").count();
+    let takes_stamp =
+        matches!(priced, Some(Priced::ChargeCreate | Priced::IntentCreate | Priced::RefundCreate));
+    let stamped = around.stamp && takes_stamp && metadata < METADATA_KEYS_MAX;
+    let mut facts = facts(reading);
+    if facts.object_id.is_none() {
+        facts.object_id = refunded(params).map(str::to_owned);
+    }
+    Ok(Intent {
+        operation: reading.operation.template.to_owned(),
+        claim,
+        identity,
+        basis,
+        fingerprint,
+        params: digests,
+        request: ExactRequest {
+            method: reading.operation.method.to_owned(),
+            path: reading.path.clone(),
+            params: params.pairs().to_vec(),
+            version: reading.version.clone(),
+            account: None,
+            idempotency_key: None,
+        },
+        stamp_param: stamped.then(|| STAMP_PARAM.to_owned()),
+        facts,
+        estate: around.estate.clone(),
+    })
+}
+
+fn claim(priced: Priced, reading: &Reading<'_>) -> Result<Claim, Refusal> {
+    let params = &reading.params;
+    let object = || reading.ids.first().cloned().unwrap_or_default();
+    let uses = |verb, minor| Claim::Use { object: object(), verb, minor };
+    Ok(match priced {
+        Priced::ChargeCreate | Priced::IntentCreate => {
+            let minor = required_amount(params, "amount")?;
+            let money = Money { minor, currency: currency(params)? };
+            let usd = money.to_usd().ok_or_else(|| currency_not_allowed("currency"))?;
+            Claim::Create { lane: Lane::In, money, usd }
+        }
+        Priced::ChargeCapture => uses(Verb::Capture, amount(params, "amount")?),
+        Priced::IntentCapture => uses(Verb::Capture, amount(params, "amount_to_capture")?),
+        Priced::IntentConfirm => uses(Verb::Confirm, amount(params, "amount_to_confirm")?),
+        Priced::IntentIncrement => uses(Verb::Increment, Some(required_amount(params, "amount")?)),
+        Priced::RefundCreate => {
+            let of = refunded(params).ok_or_else(|| {
+                invalid("charge", "a refund must name exactly one of 'charge' and 'payment_intent'")
+            })?;
+            let minor = amount(params, "amount")?.ok_or_else(|| {
+                Refusal::of_param(
+                    Code::AmountUnknown,
+                    "amount",
+                    "A refund without 'amount' is a refund of all that is left, which is not known here. Name it.",
+                )
+            })?;
+            Claim::Refund { of: of.to_owned(), minor }
+        }
+    })
+}
+
+fn refunded(params: &Params) -> Option<&str> {
+    let named = |name| params.get(name).filter(|value| !value.is_empty());
+    match (named("charge"), named("payment_intent")) {
+        (Some(object), None) | (None, Some(object)) => Some(object),
+        (Some(_), Some(_)) | (None, None) => None,
+    }
+}
+
+fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
+    match params.get(name) {
+        None => Ok(None),
+        Some(text) => parse_amount(text).map(Some).ok_or_else(|| {
+            invalid(name, "must be a whole number in the currency's smallest unit, such as 2999 for $29.99")
+        }),
+    }
+}
+
+fn required_amount(params: &Params, name: &str) -> Result<u64, Refusal> {
+    amount(params, name)?.ok_or_else(|| invalid(name, "is missing, so the cost of this call is not known"))
+}
+
+fn currency(params: &Params) -> Result<Currency, Refusal> {
+    let text = params.get("currency").ok_or_else(|| invalid("currency", "is missing"))?;
+    let currency =
+        Currency::parse(text).ok_or_else(|| invalid("currency", "must be a three-letter ISO code"))?;
+    if currency == Currency::USD { Ok(currency) } else { Err(currency_not_allowed("currency")) }
+}
+
+fn currency_not_allowed(param: &str) -> Refusal {
+    Refusal::of_param(Code::CurrencyNotAllowed, param, "Only amounts in USD can be counted against a cap.")
+}
+
+fn invalid(param: &str, why: &str) -> Refusal {
+    Refusal::of_param(Code::ParameterInvalid, param, format!("'{param}' {why}."))
+}
+
+fn identity(
+    reading: &Reading<'_>,
+    priced: Option<Priced>,
+    key: &Key,
+    around: Surroundings<'_>,
+) -> Result<(crate::id::Identity, KeyBasis), Refusal> {
+    let (scope, fields) = match (&key.idempotency, &reading.caller_key) {
+        (Idempotency::Content { scope, fields }, _) => (scope, fields),
+        (Idempotency::Required | Idempotency::Client, Some(sent)) => {
+            let identity = call::identity_of_caller_key(around.estate, sent);
+            return Ok((identity, KeyBasis::Caller(sent.clone())));
+        }
+        (Idempotency::Required | Idempotency::Client, None) => {
+            return Ok((call::identity_of_lone_call(around.lone_call), KeyBasis::Absent));
+        }
+    };
+    let mut values: Vec<(&str, &str)> = reading.ids.iter().map(|id| ("", id.as_str())).collect();
+    if fields.is_empty() {
+        values.extend(default_identity(reading, priced)?);
+    }
+    for field in fields {
+        let value = reading.params.get(field).filter(|value| !value.is_empty());
+        let value = value.ok_or_else(|| {
+            invalid(field, "is one of the key's idempotency_fields, so it must be given and not be empty")
+        })?;
+        values.push((field, value));
+    }
+    let identity = call::identity_of_content(around.estate, reading.operation.template, "", scope, &values);
+    Ok((identity, KeyBasis::Content))
+}
+
+/// The payer or object of an operation; nothing more where the object is in the path.
+fn default_identity<'a>(
+    reading: &'a Reading<'_>,
+    priced: Option<Priced>,
+) -> Result<Option<(&'static str, &'a str)>, Refusal> {
+    if !reading.ids.is_empty() {
+        return Ok(None);
+    }
+    let candidates: &[&'static str] = match priced {
+        Some(Priced::RefundCreate) => &["charge", "payment_intent"],
+        Some(Priced::ChargeCreate | Priced::IntentCreate) => &["customer", "payment_method", "source"],
+        Some(
+            Priced::ChargeCapture | Priced::IntentConfirm | Priced::IntentCapture | Priced::IntentIncrement,
+        )
+        | None => &["customer"],
+    };
+    candidates
+        .iter()
+        .find_map(|name| Some((*name, reading.params.get(name).filter(|value| !value.is_empty())?)))
+        .map(Some)
+        .ok_or_else(|| {
+            let first = candidates.first().copied().unwrap_or("customer");
+            invalid(
+                first,
+                "tells one call from another in content mode, so it must be given and not be empty",
+            )
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_that_sdks_make_up_are_known() {
+        for key in [
+            "0b9f3f0e-8f4b-4b0e-9c2a-2f6f8f1f3a11",
+            "0B9F3F0E-8F4B-4B0E-9C2A-2F6F8F1F3A11",
+            "stripe-node-retry-0b9f3f0e-8f4b-4b0e-9c2a-2f6f8f1f3a11",
+            "1763945123456789012_aB3-_z",
+        ] {
+            assert!(is_made_up(key), "{key}");
+        }
+        for key in [
+            "0b9f3f0e8f4b4b0e9c2a2f6f8f1f3a11",
+            "cus_9:2026-07",
+            "20260701_cus_9a",
+            "order-17",
+            "1763945_abc",
+        ] {
+            assert!(!is_made_up(key), "{key}");
+        }
+    }
+
+    #[test]
+    fn versions_are_releases_in_range() {
+        for version in ["2020-08-27", "2026-10-28.endive", "2024-06-20", "2025-03-31.basil"] {
+            assert!(check_version(version).is_ok(), "{version}");
+        }
+        for version in [
+            "2020-08-26",
+            "2026-10-29",
+            "2026-10-28.preview",
+            "2026-09-30.preview; feature_beta=v1",
+            "2017-04-06",
+            "",
+            "latest",
+            "2024-6-20",
+            "2024-06-20.",
+            "2024-06-20.A",
+        ] {
+            assert!(check_version(version).is_err(), "{version}");
+        }
+    }
+
+    #[test]
+    fn card_numbers_do_not_reach_a_record() {
+        assert_eq!(without_card_numbers("card 4242 4242 4242 4242!"), "card [card number removed]!");
+        assert_eq!(without_card_numbers("4242424242424242"), "[card number removed]");
+        assert_eq!(without_card_numbers("order 20260701-17, 4242"), "order 20260701-17, 4242");
+        assert_eq!(without_card_numbers("plain"), "plain");
+    }
+}
