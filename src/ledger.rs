@@ -31,6 +31,7 @@ use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::writer::Command;
+use crate::money::Currency;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
 use crate::time::{Clock, UnixMs};
@@ -94,6 +95,7 @@ pub struct Held {
     hold_id: HoldId,
     call_id: CallId,
     request: ExactRequest,
+    currency: Option<Currency>,
     basis: KeyBasis,
     first_send: bool,
     resend_until: Option<UnixMs>,
@@ -108,6 +110,11 @@ impl Held {
     /// The call.
     pub fn call_id(&self) -> CallId {
         self.call_id
+    }
+
+    /// The currency that is held; `None` for a call whose price is not known.
+    pub fn currency(&self) -> Option<Currency> {
+        self.currency
     }
 
     /// Where its upstream key comes from.
@@ -135,6 +142,7 @@ impl Held {
             hold_id: hold.id,
             call_id: hold.call_id,
             request: live.request.clone(),
+            currency: hold.currency,
             basis,
             first_send: attempt.sends <= 1,
             resend_until: attempt

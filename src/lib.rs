@@ -1,16 +1,21 @@
 //! Keybrake.
+pub mod account;
 pub mod audit;
 pub mod call;
 pub mod config;
+pub mod forward;
 pub mod hold;
 pub mod id;
 pub mod intent;
 pub mod key;
 pub mod ledger;
 pub mod money;
+pub mod proxy;
+pub mod random;
 pub mod refusal;
 pub mod secret;
 pub mod server;
+pub mod telemetry;
 pub mod time;
 pub mod tls;
 pub mod upstream;

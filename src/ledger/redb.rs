@@ -305,12 +305,12 @@ fn admit_call(
     match verdict {
         Verdict::Send(effects) => {
             let held = Held::of(&effects, admit.intent.basis.clone())?;
-            tx.write(*effects, now)?;
+            tx.write(&effects, now)?;
             Ok(Admitted::Held(held))
         }
         Verdict::Replay(call_id, effects) => {
             let answer = tx.answer(call_id)?.ok_or(LedgerError::Contradiction("a kept answer is gone"))?;
-            tx.write(*effects, now)?;
+            tx.write(&effects, now)?;
             Ok(Admitted::Replay { call_id, answer })
         }
         Verdict::Refuse(refusal) => {
@@ -353,7 +353,7 @@ impl Tx<'_> {
             };
             let call = self.call_by_id(hold.call_id)?;
             if let Some(effects) = resolve::orphan(&hold, call.as_ref(), &key, boot, now) {
-                self.write(effects, now)?;
+                self.write(&effects, now)?;
             }
         }
         Ok(())

@@ -375,7 +375,7 @@ impl<'t> Tx<'t> {
         }
         let state = InFlight { hold: &hold, call: &call, others: &others, key: &key, owner: &owner };
         let effects = resolve::resolve(&state, command, now);
-        self.write(effects, now)
+        self.write(&effects, now)
     }
 
     pub(super) fn observe(
@@ -392,21 +392,21 @@ impl<'t> Tx<'t> {
             calls.extend(self.call_by_id(*id)?);
         }
         match resolve::observe(&hold, &calls, &owner, facts, record, now) {
-            Some(effects) => self.write(effects, now),
+            Some(effects) => self.write(&effects, now),
             None => Ok(()),
         }
     }
 
     /// Writes all effects, the counters that follow from them included. Everything that can contradict is computed
     /// before the first row is touched.
-    pub(super) fn write(&mut self, effects: Effects, now: UnixMs) -> Result<(), LedgerError> {
+    pub(super) fn write(&mut self, effects: &Effects, now: UnixMs) -> Result<(), LedgerError> {
         let mut counters = Counters::default();
         if let Some((was, is)) = &effects.hold {
             for key in was.iter().chain([is]).flat_map(keys_of) {
                 self.load_counter(&mut counters, key)?;
             }
         }
-        rules::shift(&mut counters, &effects)?;
+        rules::shift(&mut counters, effects)?;
         // From here it succeeds, or the whole batch is gone.
         self.wrote = true;
         for ((subject, day, lane), counter) in &counters.0 {

@@ -1,0 +1,130 @@
+//! The way to Stripe: puts the real key on a request and sends it once.
+//!
+//! There are two doors. A money call needs the ledger's [`Held`], and what is sent is exactly what is held. Anything else
+//! needs a [`FreeRequest`], which cannot be made for a money call.
+
+use std::sync::{PoisonError, RwLock};
+
+use bytes::Bytes;
+use hyper::Method;
+use hyper::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
+};
+use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
+
+use crate::hold::ExactRequest;
+use crate::ledger::Held;
+use crate::secret::Secret;
+use crate::upstream::{NotSentReason, Outbound, Sent, Upstream};
+use crate::vendor::stripe::form;
+use crate::vendor::stripe::rules::Effect;
+
+/// Header of the key that Stripe compares.
+pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+/// Header of the API version.
+pub const STRIPE_VERSION: HeaderName = HeaderName::from_static("stripe-version");
+/// Header of the connected account.
+pub const STRIPE_ACCOUNT: HeaderName = HeaderName::from_static("stripe-account");
+
+/// Sends to Stripe under the real key.
+#[derive(Debug)]
+pub struct Forwarder {
+    upstream: Upstream,
+    key: RwLock<Secret>,
+}
+
+/// A request that moves no money.
+#[derive(Debug)]
+pub struct FreeRequest(ExactRequest);
+
+impl FreeRequest {
+    /// A read of the sidecar's own.
+    pub fn own_read(path: &str) -> Self {
+        Self(ExactRequest {
+            method: "GET".to_owned(),
+            path: path.to_owned(),
+            params: Vec::new(),
+            version: None,
+            account: None,
+            idempotency_key: None,
+        })
+    }
+
+    /// A caller's request; `None` when it could move money in.
+    pub fn new(effect: Effect, request: ExactRequest) -> Option<Self> {
+        match effect {
+            Effect::Free | Effect::Cancel => Some(Self(request)),
+            Effect::Priced(_) | Effect::Unpriced => None,
+        }
+    }
+}
+
+impl Forwarder {
+    /// A forwarder that opens Stripe with `key`.
+    pub fn new(upstream: Upstream, key: Secret) -> Self {
+        Self { upstream, key: RwLock::new(key) }
+    }
+
+    /// Puts a rotated key in the place of the old one.
+    pub fn set_key(&self, key: Secret) {
+        *self.key.write().unwrap_or_else(PoisonError::into_inner) = key;
+    }
+
+    /// The digest by which the ledger knows the key.
+    pub fn key_digest(&self) -> [u8; 32] {
+        Sha256::digest(self.key.read().unwrap_or_else(PoisonError::into_inner).expose()).into()
+    }
+
+    /// Sends a money call, exactly as it is held.
+    pub async fn send_held(&self, held: &Held, deadline: Instant) -> Sent {
+        self.send(held.request(), deadline).await
+    }
+
+    /// Sends anything else.
+    pub async fn send_free(&self, request: &FreeRequest, deadline: Instant) -> Sent {
+        self.send(&request.0, deadline).await
+    }
+
+    async fn send(&self, request: &ExactRequest, deadline: Instant) -> Sent {
+        match self.outbound(request) {
+            Some(outbound) => self.upstream.send(outbound, deadline).await,
+            None => Sent::NotSent { reason: NotSentReason::Malformed },
+        }
+    }
+
+    fn outbound(&self, request: &ExactRequest) -> Option<Outbound> {
+        let form = form::serialise(&request.params);
+        let method = Method::from_bytes(request.method.as_bytes()).ok()?;
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, self.bearer()?);
+        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("keybrake/", env!("CARGO_PKG_VERSION"))));
+        // Answers are read here, so they must come plain.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let optional = [
+            (IDEMPOTENCY_KEY, &request.idempotency_key),
+            (STRIPE_VERSION, &request.version),
+            (STRIPE_ACCOUNT, &request.account),
+        ];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                headers.insert(name, HeaderValue::from_str(value).ok()?);
+            }
+        }
+        if method == Method::POST {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+            let body = Bytes::from(form);
+            return Some(Outbound { method, path_and_query: request.path.clone(), headers, body });
+        }
+        let query = if form.is_empty() { String::new() } else { format!("?{form}") };
+        let path_and_query = format!("{}{query}", request.path);
+        Some(Outbound { method, path_and_query, headers, body: Bytes::new() })
+    }
+
+    fn bearer(&self) -> Option<HeaderValue> {
+        let key = self.key.read().unwrap_or_else(PoisonError::into_inner);
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", key.expose())).ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    }
+}

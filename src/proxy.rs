@@ -1,0 +1,414 @@
+//! The request path: read, permit, reserve, send, settle, answer.
+//!
+//! One request is one plain function, [`Proxy::serve`], and everything that it needs to know is decided in the order of
+//! the contract. The work behind a caller does not stop when the caller hangs up: it runs in a task of its own.
+
+pub mod flights;
+pub mod money;
+pub mod read;
+pub mod reply;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::account::AccountState;
+use crate::audit::{Decision, Entry, Event, RecordedOutcome};
+use crate::call::Estate;
+use crate::forward::{Forwarder, FreeRequest};
+use crate::hold::{ExactRequest, Facts};
+use crate::id::RequestId;
+use crate::key::Key;
+use crate::ledger::rules::kill_switch;
+use crate::ledger::{Ledger, LedgerError, entry};
+use crate::proxy::flights::Flights;
+use crate::proxy::reply::{REQUEST_ID, Reply};
+use crate::random;
+use crate::refusal::{Code, Refusal};
+use crate::secret::{KeyKind, KeySecret, looks_like_stripe_key};
+use crate::server::{ReplyBody, drain_body};
+use crate::telemetry::Metrics;
+use crate::upstream::{Sent, UnknownReason};
+use crate::vendor::stripe::answer::{self, Answer};
+use crate::vendor::stripe::request::{self, Reading};
+use crate::vendor::stripe::rules::{self, Effect};
+use crate::vendor::stripe::secrets;
+
+/// What is read and thrown away of a body that is refused, so that the refusal is not lost.
+const DRAIN_BYTES_MAX: u64 = 16 << 20;
+/// For how long.
+const DRAIN_MS: u64 = 2_000;
+/// The longest path that a record shows of a request that could not be read.
+const PATH_SHOWN_MAX: usize = 200;
+
+/// The settings of the request path.
+#[derive(Clone, Debug)]
+pub struct ProxyConfig {
+    /// The sidecar's label.
+    pub node: String,
+    /// Whether objects are stamped.
+    pub stamp: bool,
+    /// The largest request body, in bytes.
+    pub body_bytes_max: usize,
+    /// One deadline for each request, from its acceptance.
+    pub upstream_timeout: Duration,
+}
+
+/// Everything that a request needs.
+#[derive(Debug)]
+pub struct Proxy {
+    config: ProxyConfig,
+    ledger: Ledger,
+    forwarder: Arc<Forwarder>,
+    account: Arc<AccountState>,
+    metrics: Metrics,
+    flights: Flights,
+    tracker: TaskTracker,
+}
+
+/// One request on its way.
+#[derive(Debug)]
+pub struct Course {
+    request_id: String,
+    accepted: Instant,
+    deadline: Instant,
+    upstream: Duration,
+}
+
+impl Course {
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Why a request ends without an answer of Stripe's.
+#[derive(Debug)]
+pub enum No {
+    /// Refused, and to be recorded.
+    Refused(Refusal),
+    /// Refused, and the ledger has recorded it already.
+    Recorded(Refusal),
+}
+
+impl From<Refusal> for No {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<LedgerError> for No {
+    fn from(error: LedgerError) -> Self {
+        tracing::error!(%error, "the ledger gave no answer");
+        // It cannot record this either.
+        Self::Recorded(Refusal::ledger_unavailable())
+    }
+}
+
+impl Proxy {
+    /// Puts the request path together.
+    pub fn new(
+        config: ProxyConfig,
+        ledger: Ledger,
+        forwarder: Arc<Forwarder>,
+        account: Arc<AccountState>,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            config,
+            ledger,
+            forwarder,
+            account,
+            metrics,
+            flights: Flights::default(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
+    /// The work in progress, to be waited for when the process stops.
+    pub fn tracker(&self) -> &TaskTracker {
+        &self.tracker
+    }
+
+    /// Answers one proxied request. `path` is the path behind the mount.
+    pub async fn handle(self: Arc<Self>, request: Request<Incoming>, path: String) -> Response<ReplyBody> {
+        let proxy = Arc::clone(&self);
+        // A caller that hangs up drops this future; the work goes on.
+        let work = self.tracker.spawn(async move { proxy.answer(request, &path).await });
+        match work.await {
+            Ok(reply) => reply.into_response(),
+            Err(_) => {
+                let refusal = Refusal::outcome_unknown(true, false, "This request failed inside keybrake.");
+                let now = self.ledger.now();
+                Reply::of_refusal(&refusal, &self.new_request_id(), now).into_response()
+            }
+        }
+    }
+
+    fn new_request_id(&self) -> String {
+        RequestId::new(self.ledger.now(), random::bytes()).to_string()
+    }
+
+    async fn answer(&self, request: Request<Incoming>, path: &str) -> Reply {
+        let accepted = Instant::now();
+        let mut course = Course {
+            request_id: self.new_request_id(),
+            accepted,
+            deadline: accepted + self.config.upstream_timeout,
+            upstream: Duration::ZERO,
+        };
+        let (head, body) = request.into_parts();
+        let mut reply = match self.authenticate(&head) {
+            Err(refusal) => {
+                drain_body(body, DRAIN_BYTES_MAX, Duration::from_millis(DRAIN_MS)).await;
+                self.refuse(&refusal, &course)
+            }
+            Ok(key) => self.answer_key(&mut course, &key, &head, path, body).await,
+        };
+        let whole = course.accepted.elapsed();
+        let own = whole.saturating_sub(course.upstream);
+        self.metrics.request_seconds.observe(whole.as_secs_f64());
+        let timing = format!(
+            "keybrake;dur={:.3}, upstream;dur={:.3}",
+            own.as_secs_f64() * 1_000.0,
+            course.upstream.as_secs_f64() * 1_000.0
+        );
+        reply.set(hyper::header::HeaderName::from_static("server-timing"), &timing);
+        reply
+    }
+
+    async fn answer_key(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        head: &Parts,
+        path: &str,
+        body: Incoming,
+    ) -> Reply {
+        match self.serve(course, key, head, path, body).await {
+            Ok(reply) => reply,
+            Err((No::Recorded(refusal), _)) => self.refuse(&refusal, course),
+            Err((No::Refused(refusal), facts)) => {
+                let recorded = self.ledger.refused(key.id, facts, refusal.clone(), course.elapsed_ms()).await;
+                match recorded {
+                    Ok(()) => self.refuse(&refusal, course),
+                    Err(_) => self.refuse(&Refusal::ledger_unavailable(), course),
+                }
+            }
+        }
+    }
+
+    fn refuse(&self, refusal: &Refusal, course: &Course) -> Reply {
+        self.metrics.decided("refused", refusal.code.as_str());
+        tracing::debug!(request_id = course.request_id, code = refusal.code.as_str(), "refused");
+        Reply::of_refusal(refusal, &course.request_id, self.ledger.now())
+    }
+
+    /// Framing, then who it is. A key that nobody knows is counted, not recorded.
+    fn authenticate(&self, head: &Parts) -> Result<Key, Refusal> {
+        read::framing(head)?;
+        let unknown = |message: String| {
+            self.metrics.unknown_keys.inc();
+            Refusal::new(Code::VaultKeyInvalid, message)
+        };
+        let credential = read::credential(&head.headers)?;
+        let Some(secret) = KeySecret::parse(&credential).filter(|secret| secret.kind() == KeyKind::Vault)
+        else {
+            return Err(unknown(if looks_like_stripe_key(&credential) {
+                "A Stripe key was sent to keybrake. Send a vault key, and roll that Stripe key: it has left its \
+                 safe place."
+                    .to_owned()
+            } else {
+                "This is not a vault key.".to_owned()
+            }));
+        };
+        match self.ledger.redb().key_by_digest(&secret.digest().0) {
+            Ok(Some(key)) => Ok(key),
+            Ok(None) => Err(unknown(format!(
+                "No such vault key is known to this sidecar (node {}). Keys, caps and memory are each sidecar's own: \
+                 a key that another one minted is not known here.",
+                self.config.node
+            ))),
+            Err(error) => {
+                tracing::error!(%error, "the ledger cannot be read");
+                Err(Refusal::ledger_unavailable())
+            }
+        }
+    }
+
+    /// Everything after the key is known, in the order in which refusals answer.
+    async fn serve(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        head: &Parts,
+        path: &str,
+        body: Incoming,
+    ) -> Result<Reply, (No, Facts)> {
+        let unread = unread_facts(head, path, &course.request_id);
+        let body = read::body(&head.headers, body, self.config.body_bytes_max).await;
+        let early = self.may_serve(key).and_then(|estate| Ok((estate, body?)));
+        let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread.clone()))?;
+        let request_id = course.request_id.clone();
+        let reading =
+            read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread))?;
+        let facts = request::facts(&reading);
+        let effect = permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
+        let answer = match effect {
+            Effect::Free | Effect::Cancel => self.pass_on(course, key, &reading, effect, &facts).await,
+            Effect::Priced(priced) => self.spend(course, key, &reading, Some(priced), &estate).await,
+            Effect::Unpriced => self.spend(course, key, &reading, None, &estate).await,
+        };
+        answer.map_err(|no| (no, facts))
+    }
+
+    /// Whether the key opens anything right now, and for whose account.
+    fn may_serve(&self, key: &Key) -> Result<Estate, No> {
+        key.alive(self.ledger.now())?;
+        if self.ledger.redb().kill_switch()?.is_some() {
+            return Err(kill_switch().into());
+        }
+        if self.account.draining() {
+            return Err(Refusal::new(Code::NotReady, "This sidecar is stopping; nothing was sent.").into());
+        }
+        if self.ledger.failure().is_some() {
+            return Err(No::Recorded(Refusal::ledger_unavailable()));
+        }
+        self.account.estate().ok_or_else(|| {
+            let why = self.account.not_serving().unwrap_or_default();
+            Refusal::new(Code::NotReady, format!("This sidecar is not ready: {why}. Nothing was sent."))
+                .into()
+        })
+    }
+
+    /// Passes on a request that moves no money, with the caller's own key.
+    async fn pass_on(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        reading: &Reading<'_>,
+        effect: Effect,
+        facts: &Facts,
+    ) -> Result<Reply, No> {
+        let request = ExactRequest {
+            method: reading.operation.method.to_owned(),
+            path: reading.path.clone(),
+            params: reading.params.pairs().to_vec(),
+            version: reading.version.clone(),
+            account: None,
+            idempotency_key: reading.caller_key.clone(),
+        };
+        let Some(request) = FreeRequest::new(effect, request) else {
+            return Err(Refusal::new(Code::AmountUnknown, "This call moves money.").into());
+        };
+        let answer = match self.timed(course, self.forwarder.send_free(&request, course.deadline)).await {
+            Sent::Answered(answer) => answer,
+            Sent::NotSent { reason } => return Err(unreachable(reason.as_str(), false).into()),
+            Sent::Unknown { reason } => {
+                return Err(unreachable(reason.as_str(), reason == UnknownReason::TimedOut).into());
+            }
+        };
+        let told = Answer { status: answer.status, body: &answer.body };
+        if answer::refuses_own_key(told) {
+            self.account.set_key_refused(true);
+            return Err(own_key_refused().into());
+        }
+        self.account.set_key_refused(false);
+        if effect == Effect::Cancel
+            && let Some((object, record)) = answer::canceled(told)
+        {
+            let observed = self.ledger.observe(object, facts.clone(), record).await;
+            if let Err(error) = observed {
+                tracing::error!(%error, "a canceled payment intent could not be released; it stays held");
+            }
+        }
+        let mut reply = Reply::of_answer(&answer);
+        if !key.client_secrets {
+            reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+        }
+        let seen = reply.header(&REQUEST_ID).map(str::to_owned);
+        let entry = Entry {
+            decision: Some(Decision::Forwarded),
+            outcome: Some(RecordedOutcome::None),
+            stripe_request_id: seen.clone(),
+            request_id: seen.or_else(|| Some(facts.request_id.clone())),
+            upstream_status: Some(answer.status),
+            duration_ms: Some(course.elapsed_ms()),
+            ..entry::of_request(self.ledger.now(), Event::Forwarded, key, facts)
+        };
+        self.ledger.record(entry).await?;
+        self.metrics.decided("forwarded", "");
+        Ok(reply)
+    }
+
+    /// Sends, and remembers how long Stripe took.
+    async fn timed(&self, course: &mut Course, send: impl Future<Output = Sent>) -> Sent {
+        let before = Instant::now();
+        let sent = send.await;
+        let took = before.elapsed();
+        course.upstream += took;
+        self.metrics.upstream_seconds.observe(took.as_secs_f64());
+        sent
+    }
+}
+
+/// Scope, account, idempotency key and parameters: what key and request alone decide.
+fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refusal> {
+    let operation = reading.operation;
+    let Some(grant) = key.grant_for(operation.template) else {
+        return Err(Refusal::new(
+            Code::EndpointNotAllowed,
+            format!("This vault key does not grant {}.", operation.template),
+        ));
+    };
+    let effect = rules::effect(operation, key.is_uncapped(), grant.wildcard)?;
+    if read::names_account(&head.headers) {
+        return Err(Refusal::new(
+            Code::AccountNotAllowed,
+            "This vault key grants no connected account: Stripe-Account and Stripe-Context must not be sent.",
+        ));
+    }
+    match effect {
+        Effect::Priced(_) | Effect::Unpriced => {
+            request::check_caller_key(key, reading.caller_key.as_deref())?;
+        }
+        Effect::Free | Effect::Cancel => {}
+    }
+    rules::refuse_parameters(&reading.params, key.is_uncapped())?;
+    rules::refuse_expand(&reading.params, key)?;
+    Ok(effect)
+}
+
+fn unread_facts(head: &Parts, path: &str, request_id: &str) -> Facts {
+    let shown: String = path
+        .chars()
+        .take(PATH_SHOWN_MAX)
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '/' | '_' | '-') { c } else { '?' })
+        .collect();
+    Facts {
+        request_id: request_id.to_owned(),
+        method: head.method.as_str().to_owned(),
+        endpoint: shown,
+        ..Facts::default()
+    }
+}
+
+fn unreachable(why: &str, timed_out: bool) -> Refusal {
+    let status = if timed_out { 504 } else { Code::UpstreamUnreachable.status() };
+    let message =
+        format!("Stripe could not be reached, or did not answer ({why}). No money was meant to move.");
+    Refusal { status, ..Refusal::new(Code::UpstreamUnreachable, message) }
+}
+
+fn own_key_refused() -> Refusal {
+    Refusal::new(
+        Code::UpstreamKeyRefused,
+        "Stripe refused the key of this sidecar, or that key lacks a permission for this operation. Nothing was \
+         executed. Whoever runs the sidecar has to mend its key.",
+    )
+}

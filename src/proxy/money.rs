@@ -1,0 +1,314 @@
+//! A money call: one leader, a durable hold, one send, and what its answer proves.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use hyper::header::CONTENT_TYPE;
+use tokio::time::timeout_at;
+
+use crate::audit::{Decision, Entry, Event, RecordedOutcome};
+use crate::call::{self, Estate, Outcome, Reading as Meaning, StoredAnswer};
+use crate::id::{CallId, HoldId};
+use crate::intent::{Claim, Intent};
+use crate::key::Key;
+use crate::ledger::rules::resolve::Resolve;
+use crate::ledger::rules::{Admit, one_call_fits};
+use crate::ledger::{Admitted, Held, entry};
+use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
+use crate::proxy::reply::{OUTCOME, REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY};
+use crate::proxy::{Course, No, Proxy, own_key_refused};
+use crate::random;
+use crate::refusal::{Code, Refusal};
+use crate::telemetry::OutcomeLabels;
+use crate::upstream::{self, Sent, UnknownReason};
+use crate::vendor::stripe::answer::{self, Answer};
+use crate::vendor::stripe::request::{self, Reading, Surroundings};
+use crate::vendor::stripe::rules::Priced;
+use crate::vendor::stripe::secrets;
+
+/// How a leader's work ended.
+struct Led {
+    reply: Reply,
+    /// Whether those who waited get the same answer.
+    shared: bool,
+    call_id: CallId,
+}
+
+impl Proxy {
+    /// Answers a money call.
+    pub(super) async fn spend(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        reading: &Reading<'_>,
+        priced: Option<Priced>,
+        estate: &Estate,
+    ) -> Result<Reply, No> {
+        let now = self.ledger.now();
+        let around = Surroundings {
+            estate,
+            salt: self.ledger.salt(),
+            stamp: self.config.stamp,
+            lone_call: CallId::new(now, random::bytes()),
+        };
+        let intent = request::intent(reading, priced, key, around)?;
+        if let Claim::Create { usd, .. } = intent.claim {
+            one_call_fits(key, usd)?;
+        }
+        loop {
+            match self.flights.enter(intent.identity, intent.fingerprint) {
+                Role::Leader(leader) => return self.lead(course, key, &intent, leader).await,
+                Role::Waiter(flight) => match timeout_at(course.deadline, landed(flight)).await {
+                    Ok(Some(Landing::Shared(answer))) => {
+                        return self.join(course, key, &intent, &answer).await;
+                    }
+                    Ok(Some(Landing::OwnRefusal) | None) => {}
+                    Err(_) => return Err(still_in_flight().into()),
+                },
+                Role::Other(flight) => {
+                    if timeout_at(course.deadline, landed(flight)).await.is_err() {
+                        return Err(still_in_flight().into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Leads the call and tells those who wait for it.
+    async fn lead(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        intent: &Intent,
+        leader: Leader,
+    ) -> Result<Reply, No> {
+        let led = self.execute(course, key, intent).await;
+        match &led {
+            Ok(led) if led.shared => {
+                let mut reply = led.reply.clone();
+                reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+                let shared = SharedAnswer { reply, call_id: led.call_id, at: self.ledger.now() };
+                leader.land(Landing::Shared(Arc::new(shared)));
+            }
+            Ok(_) | Err(_) => leader.land(Landing::OwnRefusal),
+        }
+        led.map(|led| led.reply)
+    }
+
+    /// Gives a leader's answer to one who waited for it.
+    async fn join(
+        &self,
+        course: &Course,
+        key: &Key,
+        intent: &Intent,
+        answer: &SharedAnswer,
+    ) -> Result<Reply, No> {
+        let mut reply = answer.reply.clone();
+        if (200..300).contains(&reply.status) {
+            let original = reply.header(&REQUEST_ID).unwrap_or_default().to_owned();
+            reply.mark_replayed(&original, answer.at);
+        }
+        reply.set(REQUEST_ID, &course.request_id);
+        let entry = Entry {
+            call_id: Some(answer.call_id.to_string()),
+            decision: Some(Decision::Replayed),
+            outcome: Some(RecordedOutcome::None),
+            duration_ms: Some(course.elapsed_ms()),
+            ..entry::of_request(self.ledger.now(), Event::Joined, key, &intent.facts)
+        };
+        self.ledger.record(entry).await?;
+        self.metrics.decided("joined", "");
+        Ok(reply)
+    }
+
+    /// Reserves, sends and settles; or replays; or refuses.
+    async fn execute(&self, course: &mut Course, key: &Key, intent: &Intent) -> Result<Led, No> {
+        let now = self.ledger.now();
+        let admit = Admit {
+            intent: intent.clone(),
+            call_id: CallId::new(now, random::bytes()),
+            hold_id: HoldId::new(now, random::bytes()),
+            boot: self.ledger.boot(),
+            duration_ms: course.elapsed_ms(),
+        };
+        let held = match self.ledger.admit(key.id, admit).await? {
+            Admitted::Refused(refusal) => return Err(No::Recorded(refusal)),
+            Admitted::Replay { call_id, answer } => {
+                self.metrics.decided("replayed", "");
+                let reply = Reply::of_stored(&answer, &course.request_id);
+                return Ok(Led { reply, shared: true, call_id });
+            }
+            Admitted::Held(held) => held,
+        };
+        self.metrics.decided("forwarded", "");
+        let call_id = held.call_id();
+        let sent = self.timed(course, self.forwarder.send_held(&held, course.deadline)).await;
+        let reply = self.settle(course, key, intent, held, sent).await;
+        Ok(Led { reply, shared: true, call_id })
+    }
+
+    /// Makes durable what the answer proves, and only then answers.
+    async fn settle(&self, course: &Course, key: &Key, intent: &Intent, held: Held, sent: Sent) -> Reply {
+        let told = Told::of(&sent, &held, intent);
+        let outcome = call::conclude(&told.meaning, held.first_send(), told.replayed, held.basis());
+        self.note_own_key(&told.meaning);
+        let name = outcome_name(outcome);
+        self.metrics.outcomes.get_or_create(&OutcomeLabels { outcome: name }).inc();
+        let may_retry = held.may_be_resent(self.ledger.now());
+        let call_id = held.call_id();
+        if outcome == Outcome::Unknown {
+            tracing::warn!(%call_id, key_id = %key.id, "the outcome of a money call is unknown; it stays counted");
+        }
+        let resolve = Resolve {
+            outcome,
+            objects: told.objects.clone(),
+            answer: told.answer.as_ref().map(|answer| stored(answer, self.ledger.now())),
+            stripe_request_id: told.answer.as_ref().and_then(request_id_of),
+            upstream_status: told.answer.as_ref().map(|answer| answer.status),
+            duration_ms: course.elapsed_ms(),
+        };
+        let resolved = self.ledger.resolve(held, resolve).await;
+        if let Err(error) = &resolved {
+            tracing::error!(%error, %call_id, "an outcome could not be written; the money stays counted");
+        }
+        let settled = resolved.is_ok() && outcome != Outcome::Unknown;
+        let mut reply = match (&told.answer, settled) {
+            (Some(_), true) if matches!(told.meaning, Meaning::OwnKeyRefused) => {
+                self.refuse(&own_key_refused(), course)
+            }
+            (Some(answer), true) => Reply::of_answer(answer),
+            (None, true) => self.refuse(&not_sent(), course),
+            (answer, false) => self.doubtful(course, &told, answer.as_ref(), may_retry, call_id),
+        };
+        if !key.client_secrets {
+            reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+        }
+        reply
+    }
+
+    fn note_own_key(&self, meaning: &Meaning) {
+        match meaning {
+            Meaning::OwnKeyRefused => self.account.set_key_refused(true),
+            Meaning::Moved { .. }
+            | Meaning::Pending { .. }
+            | Meaning::NotMoved
+            | Meaning::Declined
+            | Meaning::Invalid => self.account.set_key_refused(false),
+            Meaning::KeyMismatch
+            | Meaning::Throttled
+            | Meaning::Unclear { .. }
+            | Meaning::NotSent
+            | Meaning::Silence => {}
+        }
+    }
+
+    /// The answer after which nobody knows: Stripe's own readable error, else ours.
+    fn doubtful(
+        &self,
+        course: &Course,
+        told: &Told,
+        answer: Option<&upstream::Answer>,
+        may_retry: bool,
+        call_id: CallId,
+    ) -> Reply {
+        let own_error = answer.filter(|answer| {
+            answer.status >= 400
+                && !matches!(told.meaning, Meaning::OwnKeyRefused)
+                && serde_json::from_slice::<serde_json::Value>(&answer.body)
+                    .is_ok_and(|body| body.get("error").is_some_and(serde_json::Value::is_object))
+        });
+        let mut reply = if let Some(answer) = own_error {
+            let mut reply = Reply::of_answer(answer);
+            if answer.status >= 500 {
+                let retry = may_retry && !told.replayed;
+                reply.set(SHOULD_RETRY, if retry { "true" } else { "false" });
+            }
+            reply
+        } else {
+            let message = format!(
+                "Stripe may or may not have executed this call ({call_id}). Its money stays counted until that is \
+                 known. {}",
+                if may_retry {
+                    "Sending the same request again is safe: it goes to Stripe under the same idempotency key."
+                } else {
+                    "It is not sent again; an operator has to look it up."
+                }
+            );
+            self.refuse(&Refusal::outcome_unknown(may_retry, told.timed_out, message), course)
+        };
+        reply.set(OUTCOME, "doubt");
+        reply
+    }
+}
+
+/// What came back, as far as it matters.
+struct Told {
+    meaning: Meaning,
+    objects: Vec<String>,
+    replayed: bool,
+    timed_out: bool,
+    answer: Option<upstream::Answer>,
+}
+
+impl Told {
+    fn of(sent: &Sent, held: &Held, intent: &Intent) -> Self {
+        match sent {
+            Sent::NotSent { .. } => Self::nothing(Meaning::NotSent, false),
+            Sent::Unknown { reason } => Self::nothing(Meaning::Silence, *reason == UnknownReason::TimedOut),
+            Sent::Answered(answer) => {
+                let currency = match intent.claim {
+                    Claim::Unpriced => None,
+                    Claim::Create { .. } | Claim::Refund { .. } | Claim::Use { .. } => held.currency(),
+                };
+                let told = Answer { status: answer.status, body: &answer.body };
+                let (meaning, objects) = answer::read(told, currency);
+                let replayed = answer.headers.get(REPLAYED).is_some_and(|value| value == "true");
+                Self { meaning, objects, replayed, timed_out: false, answer: Some(answer.clone()) }
+            }
+        }
+    }
+
+    fn nothing(meaning: Meaning, timed_out: bool) -> Self {
+        Self { meaning, objects: Vec::new(), replayed: false, timed_out, answer: None }
+    }
+}
+
+fn stored(answer: &upstream::Answer, at: crate::time::UnixMs) -> StoredAnswer {
+    let content_type = answer.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    StoredAnswer {
+        status: answer.status,
+        content_type: content_type.unwrap_or("application/json").to_owned(),
+        request_id: request_id_of(answer).unwrap_or_default(),
+        body: secrets::without_client_secrets(&answer.body).into_owned(),
+        at,
+    }
+}
+
+fn request_id_of(answer: &upstream::Answer) -> Option<String> {
+    answer.headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).map(str::to_owned)
+}
+
+const fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Spent { .. } => "spent",
+        Outcome::Pending { .. } => "pending",
+        Outcome::Declined => "declined",
+        Outcome::Refused | Outcome::TurnedAway => "refused",
+        Outcome::NotSent => "not_sent",
+        Outcome::Unknown => "doubt",
+    }
+}
+
+fn still_in_flight() -> Refusal {
+    Refusal::new(
+        Code::IdempotencyKeyInUse,
+        "The same call is still being made, and its answer did not come within this request's time. Try again.",
+    )
+}
+
+fn not_sent() -> Refusal {
+    Refusal::new(
+        Code::UpstreamUnreachable,
+        "Stripe could not be reached. Nothing was sent, and nothing is held.",
+    )
+}
