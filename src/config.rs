@@ -403,6 +403,30 @@ struct RawClient {
     issuer_key_file: Option<String>,
 }
 
+/// Where the sidecar beside this process answers probes: the first address of `OPS_LISTEN`. Needs no other setting, so
+/// that a probe does not need the secrets.
+///
+/// # Errors
+///
+/// When it is no socket address.
+pub fn ops_address() -> Result<SocketAddr, ConfigErrors> {
+    let name = "KEYBRAKE_OPS_LISTEN";
+    let given =
+        std::env::vars_os().find(|(found, _)| found == name).and_then(|(_, value)| value.into_string().ok());
+    let text = or_default(name, given.filter(|text| !text.trim().is_empty()));
+    let first = text.split(',').next().unwrap_or_default().trim();
+    let refused =
+        || ConfigErrors(vec![ConfigError { name: name.into(), message: "is no socket address".into() }]);
+    let mut address: SocketAddr = first.parse().map_err(|_| refused())?;
+    if address.ip().is_unspecified() {
+        address.set_ip(match address.ip() {
+            std::net::IpAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            std::net::IpAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    Ok(address)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;

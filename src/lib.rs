@@ -1,7 +1,10 @@
 //! Keybrake.
 pub mod account;
+pub mod admin;
 pub mod audit;
 pub mod call;
+pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod forward;
 pub mod hold;
@@ -10,10 +13,12 @@ pub mod intent;
 pub mod key;
 pub mod ledger;
 pub mod money;
+pub mod ops;
 pub mod proxy;
 pub mod random;
 pub mod refusal;
 pub mod secret;
+pub mod serve;
 pub mod server;
 pub mod telemetry;
 pub mod time;

@@ -2,3 +2,6 @@
 
 #[path = "../standin/standin.rs"]
 mod standin;
+mod support;
+
+mod first;

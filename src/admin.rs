@@ -1,0 +1,435 @@
+//! The JSON APIs beside the proxy: `/admin` for keys, holds and calls, `/audit` for the log, `/keybrake` for what a
+//! vault key may know of itself.
+//!
+//! Handlers parse, ask the ledger and answer; what is decided is decided below.
+
+pub mod fields;
+pub mod mint;
+pub mod query;
+pub mod show;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use serde_json::{Value, json};
+
+use crate::account::AccountState;
+use crate::admin::fields::{Fields, invalid};
+use crate::admin::mint::Birth;
+use crate::admin::query::Asked;
+use crate::clock::ClockWatch;
+use crate::id::{CallId, HoldId, KeyId, RequestId};
+use crate::key::Key;
+use crate::ledger::{Actor, Ledger, LedgerError};
+use crate::proxy::read::credential;
+use crate::proxy::reply::Reply;
+use crate::random;
+use crate::refusal::{Code, Refusal};
+use crate::secret::{KeyKind, KeySecret, Secret};
+
+/// The largest body of an admin request, in bytes.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+/// Characters of a reason.
+const REASON_CHARS_MAX: usize = 500;
+
+/// What the handlers share.
+#[derive(Debug)]
+pub struct Admin {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The account.
+    pub account: Arc<AccountState>,
+    /// The clock's watch.
+    pub clock: Arc<ClockWatch>,
+    /// Bearers of `/admin`.
+    pub admin_keys: RwLock<Vec<Secret>>,
+    /// The default of `remember_days`.
+    pub remember_days: u32,
+}
+
+/// A refusal on its way out of a handler.
+#[derive(Debug)]
+pub struct Refused {
+    refusal: Refusal,
+    request_id: String,
+    at: crate::time::UnixMs,
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let reply = Reply::of_refusal(&self.refusal, &self.request_id, self.at);
+        let mut response = Response::new(axum::body::Body::from(reply.body));
+        *response.status_mut() =
+            StatusCode::from_u16(reply.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        *response.headers_mut() = reply.headers;
+        response
+    }
+}
+
+type Answer = Result<Response, Refused>;
+type Shared = State<Arc<Admin>>;
+
+/// Who may ask for records, and of which label.
+enum Reader {
+    Admin,
+    VaultKey(Box<Key>),
+}
+
+impl Admin {
+    fn refuse(&self, refusal: Refusal) -> Refused {
+        let at = self.ledger.now();
+        Refused { refusal, request_id: RequestId::new(at, random::bytes()).to_string(), at }
+    }
+
+    fn failed(&self, error: &LedgerError) -> Refused {
+        self.refuse(match error {
+            LedgerError::NotFound => not_found(),
+            LedgerError::Unavailable(_)
+            | LedgerError::Corrupt(_)
+            | LedgerError::Locked
+            | LedgerError::NewerFormat { .. }
+            | LedgerError::BoundElsewhere { .. }
+            | LedgerError::Contradiction(_) => {
+                tracing::error!(%error, "the ledger gave no answer");
+                Refusal::ledger_unavailable()
+            }
+        })
+    }
+
+    fn reader(&self, headers: &HeaderMap) -> Result<Reader, Refused> {
+        let unknown = || self.refuse(Refusal::new(Code::VaultKeyInvalid, "This key opens nothing here."));
+        let sent = credential(headers).map_err(|_| {
+            self.refuse(Refusal::new(Code::VaultKeyInvalid, "Send a key: 'Authorization: Bearer …'."))
+        })?;
+        let admin = self.admin_keys.read().unwrap_or_else(PoisonError::into_inner);
+        // Every key is compared, so that the time says nothing about which one was close.
+        if admin.iter().fold(false, |found, key| key.matches(&sent) | found) {
+            return Ok(Reader::Admin);
+        }
+        drop(admin);
+        let secret =
+            KeySecret::parse(&sent).filter(|secret| secret.kind() == KeyKind::Vault).ok_or_else(unknown)?;
+        let key =
+            self.ledger.redb().key_by_digest(&secret.digest().0).map_err(|error| self.failed(&error))?;
+        let key = key.ok_or_else(unknown)?;
+        key.alive(self.ledger.now()).map_err(|refusal| self.refuse(refusal))?;
+        Ok(Reader::VaultKey(Box::new(key)))
+    }
+
+    fn admin(&self, headers: &HeaderMap) -> Result<Actor, Refused> {
+        match self.reader(headers)? {
+            Reader::Admin => Ok(Actor("admin".to_owned())),
+            Reader::VaultKey(_) => Err(self.refuse(Refusal::new(
+                Code::AdminKeyRequired,
+                "This needs the admin key; a vault key was sent.",
+            ))),
+        }
+    }
+
+    fn ok<T>(&self, result: Result<T, LedgerError>) -> Result<T, Refused> {
+        result.map_err(|error| self.failed(&error))
+    }
+
+    fn checked<T>(&self, result: Result<T, Refusal>) -> Result<T, Refused> {
+        result.map_err(|refusal| self.refuse(refusal))
+    }
+}
+
+/// The routes.
+pub fn router(admin: Arc<Admin>) -> Router {
+    Router::new()
+        .route("/admin/vault_keys", post(issue_key).get(list_keys))
+        .route("/admin/vault_keys/{id}", get(show_key).merge(delete(revoke_key)))
+        .route("/admin/kill_switch", post(set_kill_switch).get(show_kill_switch))
+        .route("/admin/clock", post(lower_clock))
+        .route("/admin/holds", get(list_holds))
+        .route("/admin/holds/{id}", get(show_hold))
+        .route("/admin/calls", get(list_calls))
+        .route("/admin/calls/{id}", get(show_call))
+        .route("/audit", get(list_records))
+        .route("/audit/verify", get(verify))
+        .route("/keybrake/key", get(own_key))
+        .route("/keybrake/errors", get(errors_page))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(unknown_method)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&admin), whole_body))
+        .with_state(admin)
+}
+
+/// Reads the body within its bounds before anything else, so that a refusal has a shape.
+async fn whole_body(State(admin): Shared, request: Request, next: axum::middleware::Next) -> Answer {
+    let (head, body) = request.into_parts();
+    admin.checked(crate::proxy::read::framing(&head))?;
+    let body = crate::proxy::read::body(&head.headers, body, BODY_BYTES_MAX).await;
+    let body = admin.checked(body)?;
+    Ok(next.run(Request::from_parts(head, axum::body::Body::from(body))).await)
+}
+
+fn json_answer(status: StatusCode, body: &Value) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    (status, headers, body.to_string()).into_response()
+}
+
+fn not_found() -> Refusal {
+    Refusal::new(Code::NotFound, "There is nothing at this path.")
+}
+
+async fn unknown_path(State(admin): Shared) -> Refused {
+    admin.refuse(not_found())
+}
+
+async fn unknown_method(State(admin): Shared) -> Refused {
+    admin.refuse(Refusal::new(Code::MethodNotAllowed, "This path does not take this method."))
+}
+
+// --- keys
+
+async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let now = admin.ledger.now();
+    let secret = KeySecret::new(KeyKind::Vault, admin.account.mode(), random::bytes());
+    let birth = Birth {
+        id: KeyId::new(now, random::bytes()),
+        digest: secret.digest(),
+        now,
+        remember_days: admin.remember_days,
+    };
+    let key = admin.checked(mint::key_of(&body, birth))?;
+    let mut answer = serde_json::Map::new();
+    answer.insert("id".to_owned(), Value::from(key.id.to_string()));
+    answer.insert("vault_key".to_owned(), Value::from(secret.expose()));
+    answer.extend(mint::policy(&key, now));
+    admin.ok(admin.ledger.issue_key(key, actor).await)?;
+    Ok(json_answer(StatusCode::CREATED, &Value::Object(answer)))
+}
+
+async fn list_keys(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Answer {
+    admin.admin(&headers)?;
+    let now = admin.ledger.now();
+    let mut asked = admin.checked(Asked::read(query))?;
+    let filter = admin.checked(asked.keys())?;
+    let (after, limit) = admin.checked(asked.page(KeyId::parse))?;
+    admin.checked(asked.finish())?;
+    let page = admin.ok(admin.ledger.redb().keys(&filter, after, limit, now))?;
+    let data: Vec<Value> = page.items.iter().map(|key| Value::Object(mint::policy(key, now))).collect();
+    Ok(list(&data, page.next.map(|id| id.to_string())))
+}
+
+async fn show_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    admin.admin(&headers)?;
+    let id = KeyId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let key = admin.ok(admin.ledger.redb().key(id))?.ok_or_else(|| admin.refuse(not_found()))?;
+    with_spend(&admin, &key)
+}
+
+fn with_spend(admin: &Admin, key: &Key) -> Answer {
+    let now = admin.ledger.now();
+    let mut answer = mint::policy(key, now);
+    answer.insert("mode".to_owned(), Value::from(admin.account.mode().as_str()));
+    answer.insert("spend".to_owned(), admin.ok(show::spend(&admin.ledger, key, now))?);
+    Ok(json_answer(StatusCode::OK, &Value::Object(answer)))
+}
+
+async fn revoke_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let id = KeyId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let key = admin.ok(admin.ledger.revoke_key(id, actor).await)?;
+    Ok(json_answer(StatusCode::OK, &Value::Object(mint::policy(&key, admin.ledger.now()))))
+}
+
+async fn own_key(State(admin): Shared, headers: HeaderMap) -> Answer {
+    match admin.reader(&headers)? {
+        Reader::VaultKey(key) => with_spend(&admin, &key),
+        Reader::Admin => {
+            Err(admin
+                .refuse(Refusal::new(Code::VaultKeyInvalid, "Send a vault key: this path tells of itself.")))
+        }
+    }
+}
+
+// --- operator
+
+async fn set_kill_switch(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let mut fields = admin.checked(Fields::parse(&body))?;
+    let on: bool = admin.checked(fields.need("on", "true or false"))?;
+    let reason = admin.checked(reason(&mut fields))?;
+    admin.checked(fields.finish(&[]))?;
+    admin.ok(admin.ledger.set_kill_switch(on, reason, actor).await)?;
+    kill_switch(&admin)
+}
+
+async fn show_kill_switch(State(admin): Shared, headers: HeaderMap) -> Answer {
+    admin.admin(&headers)?;
+    kill_switch(&admin)
+}
+
+fn kill_switch(admin: &Admin) -> Answer {
+    let row = admin.ok(admin.ledger.redb().kill_switch())?;
+    Ok(json_answer(
+        StatusCode::OK,
+        &json!({
+            "on": row.is_some(),
+            "reason": row.as_ref().map(|row| row.reason.as_str()),
+            "since": row.as_ref().map(|row| row.since.to_string()),
+        }),
+    ))
+}
+
+async fn lower_clock(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let mut fields = admin.checked(Fields::parse(&body))?;
+    let reason = admin.checked(reason(&mut fields))?;
+    admin.checked(fields.finish(&[]))?;
+    let (before, after) = admin.ok(admin.ledger.lower_clock(reason, actor).await)?;
+    admin.clock.accept();
+    Ok(json_answer(StatusCode::OK, &json!({ "before": before.to_string(), "after": after.to_string() })))
+}
+
+fn reason(fields: &mut Fields) -> Result<String, Refusal> {
+    let reason: String = fields.need("reason", "a sentence for the audit log")?;
+    if reason.trim().is_empty() || reason.chars().count() > REASON_CHARS_MAX {
+        return Err(invalid("reason", format!("must have 1 to {REASON_CHARS_MAX} characters")));
+    }
+    Ok(reason)
+}
+
+async fn list_holds(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Answer {
+    admin.admin(&headers)?;
+    let mut asked = admin.checked(Asked::read(query))?;
+    let state = admin.checked(asked.hold_state())?;
+    let (after, limit) = admin.checked(asked.page(HoldId::parse))?;
+    admin.checked(asked.finish())?;
+    let page = admin.ok(admin.ledger.redb().holds(state.as_deref(), after, limit))?;
+    let data: Vec<Value> = page.items.iter().map(|view| show::hold(&view.hold, view.call.as_ref())).collect();
+    Ok(list(&data, page.next.map(|id| id.to_string())))
+}
+
+async fn show_hold(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    admin.admin(&headers)?;
+    let id = HoldId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let hold = admin.ok(admin.ledger.redb().hold(id))?.ok_or_else(|| admin.refuse(not_found()))?;
+    let call = admin.ok(admin.ledger.redb().call_by_id(hold.call_id))?;
+    Ok(json_answer(StatusCode::OK, &show::hold(&hold, call.as_ref())))
+}
+
+async fn list_calls(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Answer {
+    admin.admin(&headers)?;
+    let mut asked = admin.checked(Asked::read(query))?;
+    let filter = admin.checked(asked.calls())?;
+    let (after, limit) = admin.checked(asked.page(CallId::parse))?;
+    admin.checked(asked.finish())?;
+    let page = admin.ok(admin.ledger.redb().calls(&filter, after, limit))?;
+    let data: Vec<Value> = page.items.iter().map(show::call).collect();
+    Ok(list(&data, page.next.map(|id| id.to_string())))
+}
+
+async fn show_call(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    admin.admin(&headers)?;
+    let id = CallId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let call = admin.ok(admin.ledger.redb().call_by_id(id))?.ok_or_else(|| admin.refuse(not_found()))?;
+    Ok(json_answer(StatusCode::OK, &show::call(&call)))
+}
+
+// --- audit
+
+async fn list_records(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Answer {
+    let reader = admin.reader(&headers)?;
+    let mut asked = admin.checked(Asked::read(query))?;
+    let mut filter = admin.checked(asked.records())?;
+    let (after, limit) = admin.checked(asked.page(|text| text.parse().ok()))?;
+    admin.checked(asked.finish())?;
+    if let Reader::VaultKey(key) = reader {
+        filter.equal.push(("label", key.label));
+    }
+    // What was answered before this question is in the answer to it.
+    admin.ok(admin.ledger.flush().await)?;
+    let page = admin.ok(admin.ledger.redb().audit(&filter, after, limit))?;
+    let wants_lines = headers
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .is_some_and(|accept| accept.contains("application/x-ndjson"));
+    let data: Vec<Value> = page.items.into_iter().map(Value::Object).collect();
+    let next = page.next.map(|seq| seq.to_string());
+    if !wants_lines {
+        return Ok(list(&data, next));
+    }
+    let lines: String = data.iter().map(|record| format!("{record}\n")).collect();
+    let mut response = ([(header::CONTENT_TYPE, "application/x-ndjson")], lines).into_response();
+    if let Some(next) = next.and_then(|next| next.parse().ok()) {
+        response.headers_mut().insert("keybrake-next-cursor", next);
+    }
+    Ok(response)
+}
+
+async fn verify(State(admin): Shared, headers: HeaderMap) -> Answer {
+    admin.admin(&headers)?;
+    admin.ok(admin.ledger.flush().await)?;
+    let ledger = admin.ledger.clone();
+    // The whole log is read: not on a thread that serves requests.
+    let state = tokio::task::spawn_blocking(move || ledger.redb().verify_chain()).await;
+    let state = state.unwrap_or_else(|_| Err(LedgerError::Unavailable("the check was cut off".to_owned())));
+    let state = admin.ok(state)?;
+    let mut answer = json!({
+        "whole": state.broken.is_none(),
+        "records": state.records,
+        "head": crate::id::hex(&state.head),
+    });
+    if let Some(broken) = &state.broken {
+        answer["first_bad"] = Value::from(broken.seq());
+        answer["why"] = Value::from(broken.to_string());
+    }
+    Ok(json_answer(StatusCode::OK, &answer))
+}
+
+fn list(data: &[Value], next: Option<String>) -> Response {
+    json_answer(StatusCode::OK, &json!({ "data": data, "has_more": next.is_some(), "next_cursor": next }))
+}
+
+async fn errors_page() -> Html<String> {
+    let rows: BTreeMap<&str, String> = Code::ALL
+        .iter()
+        .map(|code| {
+            let (name, retry) = (code.as_str(), if code.retry() { "yes" } else { "no" });
+            (
+                name,
+                format!(
+                    "<tr id=\"{name}\"><td><code>{name}</code></td><td>{}</td><td>{retry}</td><td>{}</td></tr>",
+                    code.status(),
+                    code.meaning()
+                ),
+            )
+        })
+        .collect();
+    let rows: String = rows.into_values().collect();
+    Html(format!(
+        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>keybrake: errors</title>\
+         <style>body{{font:16px sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}\
+         td,th{{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ccc;vertical-align:top}}\
+         tr:target{{background:#ffd}}</style><h1>What keybrake refuses, and why</h1>\
+         <table><tr><th>code</th><th>status</th><th>retry</th><th>meaning</th></tr>{rows}</table></html>"
+    ))
+}

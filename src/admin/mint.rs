@@ -1,0 +1,272 @@
+//! From the JSON of `POST /admin/vault_keys` to a key, and from a key to JSON.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use crate::admin::fields::{Fields, invalid};
+use crate::id::KeyId;
+use crate::key::{Caps, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX};
+use crate::money::MicroUsd;
+use crate::refusal::Refusal;
+use crate::secret::KeyDigest;
+use crate::time::{SECOND_MS, UnixMs};
+use crate::vendor::Vendor;
+use crate::vendor::stripe::catalogue;
+use crate::vendor::stripe::form::Params;
+use crate::vendor::stripe::rules::{self, Effect, Priced};
+
+/// Entries of `allowed_endpoints`.
+const GRANTS_MAX: usize = 100;
+/// Characters of a label, a scope, or a metadata value.
+const TEXT_CHARS_MAX: usize = 500;
+/// Fields of `idempotency_fields`.
+const IDENTITY_FIELDS_MAX: usize = 10;
+/// Days that answers may be remembered: longer than Stripe remembers keys.
+const REMEMBER_DAYS: std::ops::RangeInclusive<u32> = 2..=400;
+/// Fields of the contract that later versions bring.
+const LATER: &[&str] = &[
+    "constraints",
+    "accounts",
+    "retry_declined_after_seconds",
+    "budget",
+    "stop_budget_on_refusal",
+    "requests_per_second",
+];
+
+/// What a new key needs besides its policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Birth {
+    /// Its id.
+    pub id: KeyId,
+    /// The digest of its secret.
+    pub digest: KeyDigest,
+    /// Now.
+    pub now: UnixMs,
+    /// The default of `remember_days`.
+    pub remember_days: u32,
+}
+
+/// Reads a policy.
+///
+/// # Errors
+/// `parameter_invalid`, naming the field.
+pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
+    let mut fields = Fields::parse(body)?;
+    let label = text(&mut fields, "label")?.ok_or_else(|| invalid("label", "is missing"))?;
+    let vendor: String = fields.need("vendor", "\"stripe\"")?;
+    if Vendor::parse(&vendor).is_none() {
+        return Err(invalid("vendor", "must be \"stripe\""));
+    }
+    let entries: Vec<String> =
+        fields.need("allowed_endpoints", "a list of strings such as \"POST /v1/charges\"")?;
+    let seconds: u64 = fields.need("expires_in_seconds", "a whole number of seconds")?;
+    if !(1..=EXPIRES_IN_SECONDS_MAX).contains(&seconds) {
+        return Err(invalid(
+            "expires_in_seconds",
+            format!("must be from 1 to {EXPIRES_IN_SECONDS_MAX} (31 days)"),
+        ));
+    }
+    let caps = caps(&mut fields)?;
+    let grants = grants(&entries, &caps)?;
+    let idempotency = idempotency(&mut fields)?;
+    let remember_days =
+        fields.take("remember_days", "a whole number of days")?.unwrap_or(birth.remember_days);
+    if !REMEMBER_DAYS.contains(&remember_days) {
+        return Err(invalid("remember_days", "must be from 2 to 400"));
+    }
+    let client_secrets = fields.take("client_secrets", "true or false")?.unwrap_or(false);
+    let metadata = metadata(&mut fields)?;
+    fields.finish(LATER)?;
+    Ok(Key {
+        id: birth.id,
+        digest: birth.digest.0,
+        label,
+        vendor,
+        grants,
+        caps,
+        idempotency,
+        remember_days,
+        client_secrets,
+        metadata,
+        created_at: birth.now,
+        expires_at: birth.now.plus_millis(seconds.saturating_mul(SECOND_MS)),
+        revoked_at: None,
+        closed_at: None,
+        issuer: None,
+        budget: None,
+    })
+}
+
+fn text(fields: &mut Fields, name: &str) -> Result<Option<String>, Refusal> {
+    let text: Option<String> = fields.take(name, "a string")?;
+    match text {
+        Some(text) if text.is_empty() || text.chars().count() > TEXT_CHARS_MAX => {
+            Err(invalid(name, format!("must have 1 to {TEXT_CHARS_MAX} characters")))
+        }
+        Some(text) if text.chars().any(char::is_control) => {
+            Err(invalid(name, "must not have control characters"))
+        }
+        text => Ok(text),
+    }
+}
+
+fn caps(fields: &mut Fields) -> Result<Caps, Refusal> {
+    if !fields.names("daily_usd_cap") {
+        return Err(invalid(
+            "daily_usd_cap",
+            "is missing: dollars such as 32.99, or null for a key that moves no money or is \"uncapped\"",
+        ));
+    }
+    let caps = Caps {
+        daily: fields.dollars("daily_usd_cap")?,
+        total: fields.dollars("total_usd_cap")?,
+        per_request: fields.dollars("max_usd_per_request")?,
+        daily_out: fields.dollars("daily_usd_out_cap")?,
+        max_calls: fields.take("max_calls", "a whole number")?,
+        uncapped: fields.take("uncapped", "true or false")?.unwrap_or(false),
+    };
+    if caps.uncapped && caps.daily.is_some() {
+        return Err(invalid("uncapped", "contradicts a daily_usd_cap: leave one of them out"));
+    }
+    if caps.max_calls == Some(0) {
+        return Err(invalid("max_calls", "must be 1 or more"));
+    }
+    Ok(caps)
+}
+
+fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
+    let bad = |why: String| Err(invalid("allowed_endpoints", why));
+    if entries.is_empty() || entries.len() > GRANTS_MAX {
+        return bad(format!("must have 1 to {GRANTS_MAX} entries"));
+    }
+    let mut grants: Vec<Grant> = Vec::new();
+    for (at, entry) in entries.iter().enumerate() {
+        let Some((operation, wildcard)) = catalogue::named(entry) else {
+            return bad(format!(
+                "entry {at} names no known operation: write METHOD /v1/path, with {{id}} or * for an id"
+            ));
+        };
+        let effect = match rules::effect(operation, caps.uncapped && caps.daily.is_none(), wildcard) {
+            Ok(effect) => effect,
+            Err(refusal) => return bad(format!("entry {at} could never be called: {}", refusal.message)),
+        };
+        refuse_without_cap(operation.template, effect, caps)?;
+        if grants.iter().all(|grant| grant.operation != operation.template) {
+            grants.push(Grant { operation: operation.template.to_owned(), written: entry.clone(), wildcard });
+        }
+    }
+    Ok(grants)
+}
+
+/// An entry under which no call could ever be admitted is a mistake that should be told at once.
+fn refuse_without_cap(template: &str, effect: Effect, caps: &Caps) -> Result<(), Refusal> {
+    let absent = |cap: Option<MicroUsd>| !caps.uncapped && cap.is_none_or(|cap| cap == MicroUsd::ZERO);
+    match effect {
+        Effect::Priced(Priced::RefundCreate) if absent(caps.daily_out) => Err(invalid(
+            "daily_usd_out_cap",
+            format!("is missing: without it no call of {template} could ever be admitted"),
+        )),
+        Effect::Priced(priced) if priced != Priced::RefundCreate && absent(caps.daily) => Err(invalid(
+            "daily_usd_cap",
+            format!(
+                "is null or zero: without it no call of {template} could ever be admitted (or say \"uncapped\")"
+            ),
+        )),
+        Effect::Priced(_) | Effect::Unpriced | Effect::Free | Effect::Cancel => Ok(()),
+    }
+}
+
+fn idempotency(fields: &mut Fields) -> Result<Idempotency, Refusal> {
+    let mode: Option<String> = fields.take("idempotency", "\"required\", \"client\" or \"content\"")?;
+    let scope = text(fields, "idempotency_scope")?;
+    let named: Option<Vec<String>> = fields.take("idempotency_fields", "a list of parameter names")?;
+    match mode.as_deref() {
+        Some("content") => {
+            let scope = scope.ok_or_else(|| {
+                invalid(
+                    "idempotency_scope",
+                    "is missing: say what the calls are about, such as \"billing:2026-07\"",
+                )
+            })?;
+            Ok(Idempotency::Content { scope, fields: identity_fields(named.unwrap_or_default())? })
+        }
+        None | Some("required" | "client") if scope.is_some() || named.is_some() => {
+            let field = if scope.is_some() { "idempotency_scope" } else { "idempotency_fields" };
+            Err(invalid(field, "needs \"idempotency\": \"content\""))
+        }
+        None | Some("required") => Ok(Idempotency::Required),
+        Some("client") => Ok(Idempotency::Client),
+        Some(_) => Err(invalid("idempotency", "must be \"required\", \"client\" or \"content\"")),
+    }
+}
+
+fn identity_fields(fields: Vec<String>) -> Result<Vec<String>, Refusal> {
+    let bad = |why: &str| Err(invalid("idempotency_fields", why));
+    if fields.len() > IDENTITY_FIELDS_MAX {
+        return bad("may have 10 entries");
+    }
+    for (at, field) in fields.iter().enumerate() {
+        let pair = format!("{field}=x");
+        let canonical = Params::parse(pair.as_bytes())
+            .is_ok_and(|params| params.pairs().first().is_some_and(|(name, _)| name == field));
+        if !canonical {
+            return bad("must be parameter names such as \"customer\" or \"metadata[line_id]\"");
+        }
+        if fields.iter().skip(at + 1).any(|other| other == field) {
+            return bad("names a parameter twice");
+        }
+    }
+    Ok(fields)
+}
+
+fn metadata(fields: &mut Fields) -> Result<Vec<(String, String)>, Refusal> {
+    let pairs: BTreeMap<String, String> =
+        fields.take("metadata", "an object of strings")?.unwrap_or_default();
+    let too_long = |text: &String| text.is_empty() || text.chars().count() > TEXT_CHARS_MAX;
+    if pairs.len() > METADATA_PAIRS_MAX || pairs.iter().any(|(name, value)| too_long(name) || too_long(value))
+    {
+        return Err(invalid(
+            "metadata",
+            format!("may have {METADATA_PAIRS_MAX} pairs of strings of 1 to {TEXT_CHARS_MAX} characters"),
+        ));
+    }
+    Ok(pairs.into_iter().collect())
+}
+
+/// A key's policy as JSON, without its secret and spend.
+pub fn policy(key: &Key, now: UnixMs) -> Map<String, Value> {
+    let usd = |cap: Option<MicroUsd>| cap.map_or(Value::Null, |cap| Value::from(cap.to_string()));
+    let grants: Vec<&str> = key.grants.iter().map(|grant| grant.written.as_str()).collect();
+    let (scope, fields) = match &key.idempotency {
+        Idempotency::Content { scope, fields } => (Value::from(scope.as_str()), json!(fields)),
+        Idempotency::Required | Idempotency::Client => (Value::Null, Value::Null),
+    };
+    let at = |at: Option<UnixMs>| at.map_or(Value::Null, |at| Value::from(at.to_string()));
+    let metadata: Map<String, Value> =
+        key.metadata.iter().map(|(name, value)| (name.clone(), Value::from(value.as_str()))).collect();
+    let mut object = Map::new();
+    let mut set = |name: &str, value: Value| object.insert(name.to_owned(), value);
+    set("id", Value::from(key.id.to_string()));
+    set("label", Value::from(key.label.as_str()));
+    set("vendor", Value::from(key.vendor.as_str()));
+    set("status", Value::from(key.status(now).as_str()));
+    set("allowed_endpoints", json!(grants));
+    set("daily_usd_cap", usd(key.caps.daily));
+    set("total_usd_cap", usd(key.caps.total));
+    set("max_usd_per_request", usd(key.caps.per_request));
+    set("daily_usd_out_cap", usd(key.caps.daily_out));
+    set("max_calls", key.caps.max_calls.map_or(Value::Null, Value::from));
+    set("uncapped", Value::from(key.caps.uncapped));
+    set("idempotency", Value::from(key.idempotency.as_str()));
+    set("idempotency_scope", scope);
+    set("idempotency_fields", fields);
+    set("remember_days", Value::from(key.remember_days));
+    set("client_secrets", Value::from(key.client_secrets));
+    set("metadata", Value::Object(metadata));
+    set("created_at", Value::from(key.created_at.to_string()));
+    set("expires_at", Value::from(key.expires_at.to_string()));
+    set("revoked_at", at(key.revoked_at));
+    set("closed_at", at(key.closed_at));
+    object
+}

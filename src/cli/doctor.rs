@@ -1,0 +1,217 @@
+//! `doctor` and `health`: is the sidecar able to do its work, and what has to be mended if not.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::Instant;
+
+use crate::cli::EXIT_USAGE;
+use crate::cli::output::{complain, line};
+use crate::config::Config;
+use crate::forward::{Forwarder, FreeRequest};
+use crate::tls::{self, TlsSource};
+use crate::upstream::{Sent, Upstream, UpstreamConfig};
+
+/// How long Stripe may take to answer the doctor.
+const STRIPE_TIMEOUT_MS: u64 = 10_000;
+/// The largest answer of `/readyz`.
+const READYZ_BYTES_MAX: u64 = 64 * 1024;
+
+/// One thing that was looked at.
+struct Finding {
+    name: &'static str,
+    verdict: Verdict,
+    told: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Good,
+    Note,
+    Bad,
+}
+
+impl Verdict {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Good => "ok",
+            Self::Note => "note",
+            Self::Bad => "BAD",
+        }
+    }
+}
+
+/// Looks at everything and says what to mend: exit 0 when nothing is bad.
+pub async fn run(json: bool) -> ExitCode {
+    let config = match Config::from_env() {
+        Ok(config) => config,
+        Err(errors) => {
+            complain(&format!("keybrake: the configuration has errors\n{errors}"));
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    let mut findings = vec![finding("configuration", Verdict::Good, "every setting can be read")];
+    findings.extend(certificate(&config));
+    findings.push(disk(&config.data_dir));
+    findings.push(stripe(&config).await);
+    findings.push(running().await);
+    findings.push(finding(
+        "topology",
+        Verdict::Note,
+        "keys, caps, memory and audit are this sidecar's own; workers that do not share it share only Stripe's 24 hours",
+    ));
+    let bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
+    if json {
+        let rows: Vec<Value> = findings
+            .iter()
+            .map(|one| json!({ "check": one.name, "verdict": one.verdict.as_str(), "told": one.told }))
+            .collect();
+        line(&json!({ "ok": !bad, "findings": rows }).to_string());
+    } else {
+        for one in &findings {
+            line(&format!("{:<5} {:<14} {}", one.verdict.as_str(), one.name, one.told));
+        }
+    }
+    if bad { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn finding(name: &'static str, verdict: Verdict, told: impl Into<String>) -> Finding {
+    Finding { name, verdict, told: told.into() }
+}
+
+fn certificate(config: &Config) -> Vec<Finding> {
+    let told = match &config.tls {
+        None => (Verdict::Note, "TLS is off: only this machine's own processes may connect".to_owned()),
+        Some(TlsSource::Auto { dir, .. }) => {
+            let ca = dir.join("ca.pem");
+            if ca.exists() {
+                (Verdict::Good, format!("the CA certificate for clients is {}", ca.display()))
+            } else {
+                (Verdict::Note, format!("the first start makes a CA in {}", dir.display()))
+            }
+        }
+        Some(TlsSource::Files { cert, key }) => match [cert, key].into_iter().find(|file| !file.exists()) {
+            None => (Verdict::Good, format!("{} and {} are there", cert.display(), key.display())),
+            Some(missing) => (Verdict::Bad, format!("{} is missing", missing.display())),
+        },
+    };
+    vec![finding("certificate", told.0, told.1)]
+}
+
+/// The directory of the ledger: there, writable, and on something that outlives a restart.
+fn disk(data_dir: &Path) -> Finding {
+    if !data_dir.exists() {
+        return finding("disk", Verdict::Note, format!("{} is made at the first start", data_dir.display()));
+    }
+    let probe = data_dir.join(".keybrake-doctor");
+    let written = std::fs::write(&probe, b"probe").and_then(|()| std::fs::remove_file(&probe));
+    if let Err(error) = written {
+        return finding("disk", Verdict::Bad, format!("{} cannot be written: {error}", data_dir.display()));
+    }
+    match file_system(data_dir).as_deref() {
+        Some(kind @ ("tmpfs" | "overlay" | "ramfs")) => finding(
+            "disk",
+            Verdict::Bad,
+            format!(
+                "{} is on {kind}: the ledger is lost with the container; mount a volume",
+                data_dir.display()
+            ),
+        ),
+        Some(kind) => {
+            finding("disk", Verdict::Good, format!("{} is writable, on {kind}", data_dir.display()))
+        }
+        None => finding("disk", Verdict::Good, format!("{} is writable", data_dir.display())),
+    }
+}
+
+/// The kind of file system that holds a directory, as Linux tells.
+fn file_system(dir: &Path) -> Option<String> {
+    let dir = dir.canonicalize().ok()?;
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (_, mount, kind) = (words.next()?, words.next()?, words.next()?);
+            dir.starts_with(mount).then(|| (mount.len(), kind.to_owned()))
+        })
+        .max()
+        .map(|(_, kind)| kind)
+}
+
+async fn stripe(config: &Config) -> Finding {
+    let client = match tls::client_config(config.stripe_ca_file.as_deref()) {
+        Ok(client) => client,
+        Err(error) => return finding("stripe", Verdict::Bad, format!("STRIPE_CA_FILE: {error}")),
+    };
+    let upstream = Upstream::new(UpstreamConfig::new(config.stripe_api_base.clone(), Arc::new(client)));
+    let forwarder = Forwarder::new(upstream, config.stripe_secret_key.clone());
+    let deadline = Instant::now() + Duration::from_millis(STRIPE_TIMEOUT_MS);
+    let sent = forwarder.send_free(&FreeRequest::own_read("/v1/account"), deadline).await;
+    let (verdict, told) = match sent {
+        Sent::NotSent { reason } => {
+            (Verdict::Bad, format!("{} cannot be reached ({})", config.stripe_api_base, reason.as_str()))
+        }
+        Sent::Unknown { reason } => {
+            (Verdict::Bad, format!("{} does not answer ({})", config.stripe_api_base, reason.as_str()))
+        }
+        Sent::Answered(answer) => match (answer.status, &config.stripe_account) {
+            (200, configured) => {
+                let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+                let account = body["id"].as_str().unwrap_or("?").to_owned();
+                if configured.as_ref().is_some_and(|configured| *configured != account) {
+                    (Verdict::Bad, format!("the key belongs to {account}, not to STRIPE_ACCOUNT"))
+                } else {
+                    (Verdict::Good, format!("{} mode, account {account}", config.stripe_mode.as_str()))
+                }
+            }
+            (403, Some(account)) => {
+                (Verdict::Good, format!("the key may not read its account; STRIPE_ACCOUNT says {account}"))
+            }
+            (403, None) => (
+                Verdict::Bad,
+                "the key may not read its account: set STRIPE_ACCOUNT to its acct_… id".to_owned(),
+            ),
+            (status, _) => (Verdict::Bad, format!("Stripe answers {status} to this key")),
+        },
+    };
+    finding("stripe", verdict, told)
+}
+
+async fn running() -> Finding {
+    match ready(Duration::from_secs(2)).await {
+        Err(_) => finding("sidecar", Verdict::Note, "is not running here"),
+        Ok(reasons) if reasons.is_empty() => finding("sidecar", Verdict::Good, "is running and ready"),
+        Ok(reasons) => finding("sidecar", Verdict::Bad, format!("is not ready: {}", reasons.join("; "))),
+    }
+}
+
+/// Asks `/readyz` of the sidecar beside this process: the reasons why it is not ready.
+///
+/// # Errors
+/// When it does not answer.
+pub async fn ready(within: Duration) -> Result<Vec<String>> {
+    let address = crate::config::ops_address()?;
+    let ask = async {
+        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        let request = format!("GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(READYZ_BYTES_MAX).read_to_string(&mut answer).await?;
+        Ok::<_, anyhow::Error>(answer)
+    };
+    let Ok(answer) = tokio::time::timeout(within, ask).await else { bail!("{address} does not answer") };
+    let answer = answer?;
+    let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
+    let body: Value = serde_json::from_str(body)?;
+    if body["ready"].as_bool() == Some(true) {
+        return Ok(Vec::new());
+    }
+    let reasons = body["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    Ok(reasons.map(str::to_owned).collect())
+}

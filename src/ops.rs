@@ -1,0 +1,105 @@
+//! The plain listener for machines that look after this one: `/metrics`, `/healthz`, `/readyz`.
+
+use std::sync::Arc;
+
+use hyper::header::CONTENT_TYPE;
+use hyper::{Response, StatusCode};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+use serde_json::json;
+
+use crate::account::AccountState;
+use crate::clock::ClockWatch;
+use crate::ledger::Ledger;
+use crate::server::{ReplyBody, whole};
+
+/// Holds that one scrape counts at most.
+const HOLDS_COUNTED_MAX: usize = 100_000;
+
+/// What the listener looks at.
+#[derive(Debug)]
+pub struct Ops {
+    /// The ledger.
+    pub ledger: Ledger,
+    /// The account.
+    pub account: Arc<AccountState>,
+    /// The clock's watch.
+    pub clock: Arc<ClockWatch>,
+    /// What is counted.
+    pub registry: Registry,
+}
+
+impl Ops {
+    /// Why the sidecar should get no traffic; empty when it should. Doubts are no reason.
+    pub fn not_ready(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.account.draining() {
+            reasons.push("stopping".to_owned());
+        }
+        reasons.extend(self.account.not_serving());
+        if self.account.key_refused() {
+            reasons.push("Stripe refuses this sidecar's key, or it lacks a permission".to_owned());
+        }
+        if let Some(why) = self.ledger.failure() {
+            reasons.push(format!("the ledger failed: {why}"));
+        }
+        if let Some(ahead) = self.clock.jumped() {
+            reasons.push(format!(
+                "the clock jumped {} s forward; set it right, then POST /admin/clock",
+                ahead.as_secs()
+            ));
+        }
+        reasons
+    }
+
+    /// Answers one request.
+    pub fn answer(&self, path: &str) -> Response<ReplyBody> {
+        match path {
+            "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".to_owned()),
+            "/readyz" => {
+                let reasons = self.not_ready();
+                let ready = reasons.is_empty();
+                let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                text(status, "application/json", json!({ "ready": ready, "reasons": reasons }).to_string())
+            }
+            "/metrics" => self.metrics(),
+            _ => text(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
+        }
+    }
+
+    fn metrics(&self) -> Response<ReplyBody> {
+        let mut out = String::new();
+        if encode(&mut out, &self.registry).is_err() {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", "cannot be written\n".to_owned());
+        }
+        let holds = self.holds();
+        // The registry's text ends the exposition; these lines belong before that.
+        let out = out.replace("# EOF\n", &format!("{holds}# EOF\n"));
+        text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", out)
+    }
+
+    fn holds(&self) -> String {
+        let Ok(page) = self.ledger.redb().holds(None, None, HOLDS_COUNTED_MAX) else { return String::new() };
+        let now = self.ledger.now();
+        let states = ["sending", "open", "doubt"];
+        let mut lines = String::from("# HELP keybrake_holds Holds by state\n# TYPE keybrake_holds gauge\n");
+        for state in states {
+            let count = page.items.iter().filter(|view| view.hold.state.as_str() == state).count();
+            lines.push_str(&format!("keybrake_holds{{state=\"{state}\"}} {count}\n"));
+        }
+        let doubts = page.items.iter().filter(|view| view.hold.state.as_str() == "doubt");
+        let oldest = doubts.map(|view| now.millis_since(view.hold.since)).max().unwrap_or(0) / 1_000;
+        lines.push_str(&format!(
+            "# HELP keybrake_oldest_doubt_seconds Age of the oldest doubt\n\
+             # TYPE keybrake_oldest_doubt_seconds gauge\nkeybrake_oldest_doubt_seconds {oldest}\n"
+        ));
+        lines
+    }
+}
+
+fn text(status: StatusCode, kind: &'static str, body: String) -> Response<ReplyBody> {
+    let mut response = Response::new(whole(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    response
+}

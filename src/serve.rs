@@ -1,0 +1,353 @@
+//! The sidecar put together: opens the ledger, settles the account, listens, and stops in order.
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use axum::body::Body as AxumBody;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use prometheus_client::registry::Registry;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+use crate::account::{self, AccountState, Unsettled};
+use crate::admin::{self, Admin};
+use crate::clock::ClockWatch;
+use crate::config::Config;
+use crate::forward::Forwarder;
+use crate::id::{BootId, LedgerId};
+use crate::ledger::{Ledger, LedgerError, Opening};
+use crate::ops::Ops;
+use crate::proxy::{Proxy, ProxyConfig};
+use crate::random;
+use crate::server::{self, Limits, Listeners, ReplyBody};
+use crate::telemetry::Metrics;
+use crate::time::Clock;
+use crate::tls::{self, ServerTls};
+use crate::upstream::{Upstream, UpstreamConfig};
+
+/// How long the start waits for Stripe to name the account before it listens without.
+const FIRST_QUESTION_MS: u64 = 3_000;
+/// How often the ledger prunes, counts and indexes.
+const TICK_MS: u64 = 1_000;
+/// How often the certificate's age is looked at.
+const RENEW_LOOK_MS: u64 = 3_600_000;
+/// Of the drain time, what is kept for ending connections after the work is done.
+const DRAIN_TAIL_MS: u64 = 500;
+
+/// Why the sidecar did not start, or had to stop.
+#[derive(Debug)]
+pub enum Stopped {
+    /// It may not run as it is configured.
+    Misconfigured(String),
+    /// Something failed.
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Stopped {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<LedgerError> for Stopped {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::BoundElsewhere { .. } | LedgerError::NewerFormat { .. } => {
+                Self::Misconfigured(error.to_string())
+            }
+            LedgerError::Unavailable(_)
+            | LedgerError::Corrupt(_)
+            | LedgerError::Locked
+            | LedgerError::NotFound
+            | LedgerError::Contradiction(_) => Self::Failed(error.into()),
+        }
+    }
+}
+
+/// A sidecar that is ready to listen.
+struct Sidecar {
+    ledger: Ledger,
+    forwarder: Arc<Forwarder>,
+    account: Arc<AccountState>,
+    proxy: Arc<Proxy>,
+    admin: Arc<Admin>,
+    ops: Arc<Ops>,
+    tls: Option<Arc<ServerTls>>,
+}
+
+/// Runs the sidecar until `shutdown`.
+///
+/// # Errors
+/// [`Stopped`] when it cannot start, or learns that the ledger belongs to another account.
+pub async fn run(
+    config: Config,
+    shutdown: impl Future<Output = ()>,
+    reload: impl FnMut() -> Option<Config> + Send + 'static,
+    hangup: tokio::sync::mpsc::Receiver<()>,
+) -> Result<(), Stopped> {
+    let sidecar = build(&config)?;
+    account::recall(&sidecar.account, &sidecar.ledger, &sidecar.forwarder)?;
+    let configured = config.stripe_account.clone();
+    let first = account::settle(&sidecar.account, &sidecar.ledger, &sidecar.forwarder, configured.as_deref());
+    let settled = match tokio::time::timeout(Duration::from_millis(FIRST_QUESTION_MS), first).await {
+        Ok(Err(Unsettled::Elsewhere(error))) => return Err(error.into()),
+        Ok(Ok(())) => true,
+        Ok(Err(Unsettled::Later(why))) => {
+            tracing::warn!(%why, "the Stripe account is not verified yet");
+            false
+        }
+        Err(_) => false,
+    };
+    let stop = CancellationToken::new();
+    spawn_upkeep(&sidecar, &stop);
+    spawn_reload(&sidecar, reload, hangup, &stop);
+    let elsewhere = spawn_settling(&sidecar, configured, settled);
+    let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
+    let ops_listeners = Listeners::bind(&config.ops_listen).await.context("cannot listen (OPS_LISTEN)")?;
+    tracing::info!(
+        addresses = ?listeners.addresses().unwrap_or_default(),
+        ledger = %sidecar.ledger.id(),
+        ready = sidecar.ops.not_ready().is_empty(),
+        "keybrake is listening"
+    );
+    let (told, told_elsewhere) = tokio::sync::oneshot::channel();
+    let account = Arc::clone(&sidecar.account);
+    let asked_to_stop = async move {
+        let error = tokio::select! {
+            () = shutdown => None,
+            error = elsewhere => error,
+        };
+        account.set_draining();
+        let _ = told.send(error);
+    };
+    serve(&config, &sidecar, listeners, ops_listeners, asked_to_stop, &stop).await;
+    match told_elsewhere.await {
+        Ok(Some(error)) => Err(error.into()),
+        Ok(None) | Err(_) => Ok(()),
+    }
+}
+
+fn build(config: &Config) -> Result<Sidecar, Stopped> {
+    make_private_dir(&config.data_dir)
+        .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
+    let clock = Clock::System;
+    let now = clock.now();
+    let ledger = Ledger::open(
+        &config.data_dir.join("keybrake.redb"),
+        Opening {
+            node: config.node.clone(),
+            mode: config.stripe_mode,
+            clock: clock.clone(),
+            boot: BootId::new(now, random::bytes()),
+            fresh_id: LedgerId::new(now, random::bytes()),
+            fresh_salt: random::bytes(),
+            audit_days: u32::from(config.audit_days),
+        },
+    )?;
+    let tls = match &config.tls {
+        Some(source) => {
+            let tls = ServerTls::new(source.clone(), wall_clock()).context("TLS cannot be set up")?;
+            Some(Arc::new(tls))
+        }
+        None => None,
+    };
+    let client =
+        tls::client_config(config.stripe_ca_file.as_deref()).context("STRIPE_CA_FILE cannot be used")?;
+    let upstream = Upstream::new(UpstreamConfig::new(config.stripe_api_base.clone(), Arc::new(client)));
+    let forwarder = Arc::new(Forwarder::new(upstream, config.stripe_secret_key.clone()));
+    let account = Arc::new(AccountState::new(config.stripe_mode));
+    let watch = Arc::new(ClockWatch::new(clock));
+    let metrics = Metrics::default();
+    let mut registry = Registry::default();
+    metrics.register(&mut registry);
+    let proxy = Arc::new(Proxy::new(
+        ProxyConfig {
+            node: config.node.clone(),
+            stamp: config.stamp,
+            body_bytes_max: config.body_bytes_max,
+            upstream_timeout: config.upstream_timeout,
+        },
+        ledger.clone(),
+        Arc::clone(&forwarder),
+        Arc::clone(&account),
+        metrics,
+    ));
+    let admin = Arc::new(Admin {
+        ledger: ledger.clone(),
+        account: Arc::clone(&account),
+        clock: Arc::clone(&watch),
+        admin_keys: RwLock::new(config.admin_keys.clone()),
+        remember_days: u32::from(config.remember_days),
+    });
+    let ops = Arc::new(Ops { ledger: ledger.clone(), account: Arc::clone(&account), clock: watch, registry });
+    Ok(Sidecar { ledger, forwarder, account, proxy, admin, ops, tls })
+}
+
+#[expect(clippy::disallowed_methods, reason = "certificates are dated by the machine's clock")]
+fn wall_clock() -> std::time::SystemTime {
+    std::time::SystemTime::now()
+}
+
+fn make_private_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Prunes and indexes the ledger, and renews the certificate, until the process stops.
+fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
+    let (ledger, stop_ticks) = (sidecar.ledger.clone(), stop.clone());
+    tokio::spawn(async move {
+        while !wait_or_stop(TICK_MS, &stop_ticks).await {
+            if let Err(error) = ledger.tick().await {
+                tracing::debug!(%error, "a tick of the ledger failed");
+            }
+        }
+    });
+    let Some(tls) = sidecar.tls.clone() else { return };
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        while !wait_or_stop(RENEW_LOOK_MS, &stop).await {
+            match tls.renew(wall_clock()) {
+                Ok(true) => tracing::info!("the TLS certificate was renewed"),
+                Ok(false) => {}
+                Err(error) => tracing::error!(%error, "the TLS certificate cannot be renewed"),
+            }
+        }
+    });
+}
+
+async fn wait_or_stop(wait_ms: u64, stop: &CancellationToken) -> bool {
+    tokio::time::timeout(Duration::from_millis(wait_ms), stop.cancelled()).await.is_ok()
+}
+
+/// On SIGHUP every file is read again: certificates and keys.
+fn spawn_reload(
+    sidecar: &Sidecar,
+    mut reload: impl FnMut() -> Option<Config> + Send + 'static,
+    mut hangup: tokio::sync::mpsc::Receiver<()>,
+    stop: &CancellationToken,
+) {
+    let stop = stop.clone();
+    let (admin, forwarder, tls) =
+        (Arc::clone(&sidecar.admin), Arc::clone(&sidecar.forwarder), sidecar.tls.clone());
+    let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                hup = hangup.recv() => if hup.is_none() { return },
+            }
+            let Some(config) = reload() else { continue };
+            if config.stripe_mode != account.mode() {
+                tracing::error!("the new Stripe key is of another mode; it is not used");
+                continue;
+            }
+            if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
+                tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
+            }
+            *admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner) = config.admin_keys.clone();
+            forwarder.set_key(config.stripe_secret_key.clone());
+            let configured = config.stripe_account.as_deref();
+            match account::settle(&account, &ledger, &forwarder, configured).await {
+                Ok(()) => tracing::info!("settings were read again"),
+                Err(why) => tracing::error!(?why, "the new Stripe key could not be verified"),
+            }
+        }
+    });
+}
+
+/// Goes on asking for the account; ends only when the ledger belongs to another one.
+fn spawn_settling(
+    sidecar: &Sidecar,
+    configured: Option<String>,
+    settled: bool,
+) -> impl Future<Output = Option<LedgerError>> + use<> {
+    let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
+    let forwarder = Arc::clone(&sidecar.forwarder);
+    async move {
+        if !settled
+            && let Some(error) =
+                account::settle_patiently(&account, &ledger, &forwarder, configured.as_deref()).await
+        {
+            return Some(error);
+        }
+        std::future::pending().await
+    }
+}
+
+/// Serves until asked to stop, then lets the work in progress end within the drain time.
+async fn serve(
+    config: &Config,
+    sidecar: &Sidecar,
+    listeners: Listeners,
+    ops_listeners: Listeners,
+    asked_to_stop: impl Future<Output = ()>,
+    stop: &CancellationToken,
+) {
+    let limits = Limits { drain: config.drain, ..Limits::default() };
+    let ops = Arc::clone(&sidecar.ops);
+    let ops_stop = stop.clone();
+    let ops_limits = Limits { drain: Duration::from_millis(100), connections_max: 64, ..Limits::default() };
+    let ops_server = tokio::spawn(server::run(
+        ops_listeners,
+        None,
+        ops_limits,
+        move |request: Request<Incoming>, _| {
+            let ops = Arc::clone(&ops);
+            async move { ops.answer(request.uri().path()) }
+        },
+        async move { ops_stop.cancelled().await },
+    ));
+    let (proxy, router) = (Arc::clone(&sidecar.proxy), admin::router(Arc::clone(&sidecar.admin)));
+    let tls = sidecar.tls.as_ref().map(|tls| tls.config());
+    let (began, begin) = tokio::sync::oneshot::channel();
+    let shutdown = async move {
+        asked_to_stop.await;
+        let _ = began.send(Instant::now());
+    };
+    let left = server::run(
+        listeners,
+        tls,
+        limits,
+        move |request, _| route(Arc::clone(&proxy), router.clone(), request),
+        shutdown,
+    )
+    .await;
+    // Work whose caller has gone may still be waiting for Stripe: its outcome is worth the rest of the time.
+    sidecar.proxy.tracker().close();
+    let began = begin.await.unwrap_or_else(|_| Instant::now());
+    let until = began + config.drain.saturating_sub(Duration::from_millis(DRAIN_TAIL_MS));
+    let undone = tokio::time::timeout_at(until, sidecar.proxy.tracker().wait()).await.is_err();
+    if left > 0 || undone {
+        tracing::warn!(
+            connections = left,
+            calls = sidecar.proxy.tracker().len(),
+            "stopping with work in progress; money calls among it are doubts after the next start"
+        );
+    }
+    stop.cancel();
+    let _ = ops_server.await;
+    tracing::info!("keybrake has stopped");
+}
+
+/// Which part of the program a path belongs to. The proxy is mounted twice: some SDKs cannot keep a base path.
+async fn route(proxy: Arc<Proxy>, router: axum::Router, request: Request<Incoming>) -> Response<ReplyBody> {
+    let path = request.uri().path();
+    let behind = path.strip_prefix("/stripe").filter(|rest| rest.starts_with('/')).unwrap_or(path);
+    let proxied = ["/v1/", "/v2/"].iter().any(|mount| behind.starts_with(mount));
+    if proxied {
+        let behind = behind.to_owned();
+        return proxy.handle(request, behind).await;
+    }
+    let response = match router.oneshot(request.map(AxumBody::new)).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    };
+    response.map(|body| body.map_err(Into::into).boxed_unsync())
+}
