@@ -171,7 +171,7 @@ pub async fn settle_patiently(
             Ok(()) => return None,
             Err(Unsettled::Elsewhere(error)) => return Some(error),
             Err(Unsettled::Later(why)) => {
-                tracing::warn!(%why, wait_ms, "the Stripe account is not verified yet")
+                tracing::warn!(%why, wait_ms, "the Stripe account is not verified yet");
             }
         }
         tokio::time::sleep(Duration::from_millis(wait_ms)).await;

@@ -223,7 +223,7 @@ async fn list_keys(
     admin.checked(asked.finish())?;
     let page = admin.ok(admin.ledger.redb().keys(&filter, after, limit, now))?;
     let data: Vec<Value> = page.items.iter().map(|key| Value::Object(mint::policy(key, now))).collect();
-    Ok(list(&data, page.next.map(|id| id.to_string())))
+    Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
@@ -317,7 +317,7 @@ async fn list_holds(
     admin.checked(asked.finish())?;
     let page = admin.ok(admin.ledger.redb().holds(state.as_deref(), after, limit))?;
     let data: Vec<Value> = page.items.iter().map(|view| show::hold(&view.hold, view.call.as_ref())).collect();
-    Ok(list(&data, page.next.map(|id| id.to_string())))
+    Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_hold(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
@@ -340,7 +340,7 @@ async fn list_calls(
     admin.checked(asked.finish())?;
     let page = admin.ok(admin.ledger.redb().calls(&filter, after, limit))?;
     let data: Vec<Value> = page.items.iter().map(show::call).collect();
-    Ok(list(&data, page.next.map(|id| id.to_string())))
+    Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_call(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
@@ -375,9 +375,9 @@ async fn list_records(
     let data: Vec<Value> = page.items.into_iter().map(Value::Object).collect();
     let next = page.next.map(|seq| seq.to_string());
     if !wants_lines {
-        return Ok(list(&data, next));
+        return Ok(list(&data, next.as_deref()));
     }
-    let lines: String = data.iter().map(|record| format!("{record}\n")).collect();
+    let lines = data.iter().fold(String::new(), |lines, record| lines + &record.to_string() + "\n");
     let mut response = ([(header::CONTENT_TYPE, "application/x-ndjson")], lines).into_response();
     if let Some(next) = next.and_then(|next| next.parse().ok()) {
         response.headers_mut().insert("keybrake-next-cursor", next);
@@ -405,7 +405,7 @@ async fn verify(State(admin): Shared, headers: HeaderMap) -> Answer {
     Ok(json_answer(StatusCode::OK, &answer))
 }
 
-fn list(data: &[Value], next: Option<String>) -> Response {
+fn list(data: &[Value], next: Option<&str>) -> Response {
     json_answer(StatusCode::OK, &json!({ "data": data, "has_more": next.is_some(), "next_cursor": next }))
 }
 

@@ -1,4 +1,5 @@
 //! The command line: arguments to calls of the API, and answers to text.
+#![expect(clippy::doc_markdown, reason = "doc comments of arguments are the text of --help")]
 
 pub mod client;
 pub mod doctor;
@@ -76,7 +77,7 @@ enum Command {
 /// Which sidecar, and how its answers are shown.
 #[derive(Args, Debug)]
 struct Target {
-    /// Address of the sidecar [env: KEYBRAKE_URL] [default: https://localhost:8443]
+    /// Address of the sidecar [env: KEYBRAKE_URL] [default: `https://localhost:8443`]
     #[arg(long, global = true)]
     url: Option<String>,
     /// CA certificate to trust, PEM [env: KEYBRAKE_CA]
@@ -276,7 +277,7 @@ fn variables_help() -> String {
 
 async fn run(command: Command) -> ExitCode {
     let result = match command {
-        Command::Serve => return run_serve().await,
+        Command::Serve => return Box::pin(run_serve()).await,
         Command::Doctor(json) => return doctor::run(json.json).await,
         Command::Health(json) => return health(json).await,
         Command::Keys { command, target } => keys(command, &target).await,
@@ -323,7 +324,7 @@ async fn run_serve() -> ExitCode {
             None
         }
     };
-    match serve::run(config, shutdown, reload, hangup).await {
+    match Box::pin(serve::run(config, shutdown, reload, hangup)).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(Stopped::Misconfigured(why)) => {
             complain(&format!("keybrake: {why}"));
@@ -410,7 +411,7 @@ async fn keys(command: Keys, target: &Target) -> Result<ExitCode> {
             show_list(&keys, &columns, target.json);
         }
         Keys::Show { id } => {
-            show_object(&client.get(&format!("/admin/vault_keys/{id}"), &[]).await?, target.json)
+            show_object(&client.get(&format!("/admin/vault_keys/{id}"), &[]).await?, target.json);
         }
         Keys::Revoke { id } => {
             show_object(&client.delete(&format!("/admin/vault_keys/{id}")).await?, target.json);
@@ -474,7 +475,7 @@ async fn holds(command: Holds, target: &Target) -> Result<ExitCode> {
             show_list(&holds, &columns, target.json);
         }
         Holds::Show { id } => {
-            show_object(&client.get(&format!("/admin/holds/{id}"), &[]).await?, target.json)
+            show_object(&client.get(&format!("/admin/holds/{id}"), &[]).await?, target.json);
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -502,7 +503,7 @@ async fn calls(command: Calls, target: &Target) -> Result<ExitCode> {
             show_list(&calls, &columns, target.json);
         }
         Calls::Show { id } => {
-            show_object(&client.get(&format!("/admin/calls/{id}"), &[]).await?, target.json)
+            show_object(&client.get(&format!("/admin/calls/{id}"), &[]).await?, target.json);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,5 +1,6 @@
 //! The plain listener for machines that look after this one: `/metrics`, `/healthz`, `/readyz`.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use hyper::header::CONTENT_TYPE;
@@ -85,14 +86,16 @@ impl Ops {
         let mut lines = String::from("# HELP keybrake_holds Holds by state\n# TYPE keybrake_holds gauge\n");
         for state in states {
             let count = page.items.iter().filter(|view| view.hold.state.as_str() == state).count();
-            lines.push_str(&format!("keybrake_holds{{state=\"{state}\"}} {count}\n"));
+            let _ = writeln!(lines, "keybrake_holds{{state=\"{state}\"}} {count}");
         }
         let doubts = page.items.iter().filter(|view| view.hold.state.as_str() == "doubt");
         let oldest = doubts.map(|view| now.millis_since(view.hold.since)).max().unwrap_or(0) / 1_000;
-        lines.push_str(&format!(
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            lines,
             "# HELP keybrake_oldest_doubt_seconds Age of the oldest doubt\n\
-             # TYPE keybrake_oldest_doubt_seconds gauge\nkeybrake_oldest_doubt_seconds {oldest}\n"
-        ));
+             # TYPE keybrake_oldest_doubt_seconds gauge\nkeybrake_oldest_doubt_seconds {oldest}"
+        );
         lines
     }
 }

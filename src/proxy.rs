@@ -1,6 +1,6 @@
 //! The request path: read, permit, reserve, send, settle, answer.
 //!
-//! One request is one plain function, [`Proxy::serve`], and everything that it needs to know is decided in the order of
+//! One request is one plain function, `Proxy::serve`, and everything that it needs to know is decided in the order of
 //! the contract. The work behind a caller does not stop when the caller hangs up: it runs in a task of its own.
 
 pub mod flights;
@@ -28,7 +28,7 @@ use crate::key::Key;
 use crate::ledger::rules::kill_switch;
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::proxy::flights::Flights;
-use crate::proxy::reply::{REQUEST_ID, Reply};
+use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY};
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::secret::{KeyKind, KeySecret, looks_like_stripe_key};
@@ -40,10 +40,6 @@ use crate::vendor::stripe::request::{self, Reading};
 use crate::vendor::stripe::rules::{self, Effect};
 use crate::vendor::stripe::secrets;
 
-/// What is read and thrown away of a body that is refused, so that the refusal is not lost.
-const DRAIN_BYTES_MAX: u64 = 16 << 20;
-/// For how long.
-const DRAIN_MS: u64 = 2_000;
 /// The longest path that a record shows of a request that could not be read.
 const PATH_SHOWN_MAX: usize = 200;
 
@@ -140,14 +136,12 @@ impl Proxy {
         let proxy = Arc::clone(&self);
         // A caller that hangs up drops this future; the work goes on.
         let work = self.tracker.spawn(async move { proxy.answer(request, &path).await });
-        match work.await {
-            Ok(reply) => reply.into_response(),
-            Err(_) => {
-                let refusal = Refusal::outcome_unknown(true, false, "This request failed inside keybrake.");
-                let now = self.ledger.now();
-                Reply::of_refusal(&refusal, &self.new_request_id(), now).into_response()
-            }
+        if let Ok(reply) = work.await {
+            return reply.into_response();
         }
+        // It panicked. What it held stays held.
+        let refusal = Refusal::outcome_unknown(true, false, "This request failed inside keybrake.");
+        Reply::of_refusal(&refusal, &self.new_request_id(), self.ledger.now()).into_response()
     }
 
     fn new_request_id(&self) -> String {
@@ -165,7 +159,7 @@ impl Proxy {
         let (head, body) = request.into_parts();
         let mut reply = match self.authenticate(&head) {
             Err(refusal) => {
-                drain_body(body, DRAIN_BYTES_MAX, Duration::from_millis(DRAIN_MS)).await;
+                drain_body(body, read::DRAIN_BYTES_MAX, Duration::from_millis(read::DRAIN_MS)).await;
                 self.refuse(&refusal, &course)
             }
             Ok(key) => self.answer_key(&mut course, &key, &head, path, body).await,
@@ -328,6 +322,10 @@ impl Proxy {
             }
         }
         let mut reply = Reply::of_answer(&answer);
+        if answer.status >= 500 {
+            let replayed = reply.header(&REPLAYED) == Some("true");
+            reply.set(SHOULD_RETRY, if replayed { "false" } else { "true" });
+        }
         if !key.client_secrets {
             reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
         }
@@ -349,11 +347,11 @@ impl Proxy {
     /// Sends, and remembers how long Stripe took.
     async fn timed(&self, course: &mut Course, send: impl Future<Output = Sent>) -> Sent {
         let before = Instant::now();
-        let sent = send.await;
+        let result = send.await;
         let took = before.elapsed();
         course.upstream += took;
         self.metrics.upstream_seconds.observe(took.as_secs_f64());
-        sent
+        result
     }
 }
 

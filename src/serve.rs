@@ -251,7 +251,7 @@ fn spawn_reload(
             if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
             }
-            *admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner) = config.admin_keys.clone();
+            admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);
             forwarder.set_key(config.stripe_secret_key.clone());
             let configured = config.stripe_account.as_deref();
             match account::settle(&account, &ledger, &forwarder, configured).await {
@@ -306,7 +306,7 @@ async fn serve(
     ));
     let (proxy, router) = (Arc::clone(&sidecar.proxy), admin::router(Arc::clone(&sidecar.admin)));
     let tls = sidecar.tls.as_ref().map(|tls| tls.config());
-    let (began, begin) = tokio::sync::oneshot::channel();
+    let (began, stop_began) = tokio::sync::oneshot::channel();
     let shutdown = async move {
         asked_to_stop.await;
         let _ = began.send(Instant::now());
@@ -321,7 +321,7 @@ async fn serve(
     .await;
     // Work whose caller has gone may still be waiting for Stripe: its outcome is worth the rest of the time.
     sidecar.proxy.tracker().close();
-    let began = begin.await.unwrap_or_else(|_| Instant::now());
+    let began = stop_began.await.unwrap_or_else(|_| Instant::now());
     let until = began + config.drain.saturating_sub(Duration::from_millis(DRAIN_TAIL_MS));
     let undone = tokio::time::timeout_at(until, sidecar.proxy.tracker().wait()).await.is_err();
     if left > 0 || undone {

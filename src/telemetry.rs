@@ -42,7 +42,7 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let histogram = || Histogram::new(SECONDS.into_iter());
+        let histogram = || Histogram::new(SECONDS);
         Self {
             calls: Family::default(),
             outcomes: Family::default(),

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::call::Call;
+use crate::call::{Call, CallState};
 use crate::hold::{Hold, Lane};
 use crate::key::Key;
 use crate::ledger::counter::Counter;
@@ -83,7 +83,7 @@ pub fn call(call: &Call) -> Value {
                 "upstream_key": attempt.upstream_key,
                 "first_send": attempt.first_send.to_string(),
                 "last_send": attempt.last_send.to_string(),
-                "end": attempt.end.map(|end| end.as_str()),
+                "end": attempt.end.map(CallState::as_str),
                 "hold_id": attempt.hold_id.to_string(),
                 "stamp": attempt.stamp,
             })

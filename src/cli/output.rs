@@ -19,7 +19,7 @@ pub fn table(rows: &[Value], columns: &[(&str, &str)]) -> String {
     let cell = |row: &Value, pointer: &str| match row.pointer(pointer) {
         None | Some(Value::Null) => "-".to_owned(),
         Some(Value::String(text)) => text.clone(),
-        Some(other) => other.to_string(),
+        Some(value) => value.to_string(),
     };
     let mut lines: Vec<Vec<String>> = vec![columns.iter().map(|(title, _)| (*title).to_owned()).collect()];
     lines.extend(rows.iter().map(|row| columns.iter().map(|(_, pointer)| cell(row, pointer)).collect()));
@@ -46,7 +46,7 @@ pub fn fields(object: &Value) -> String {
             let value = match value {
                 Value::String(text) => text.clone(),
                 Value::Null => "-".to_owned(),
-                other => other.to_string(),
+                Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
             };
             format!("{name:<width$}  {value}")
         })

@@ -163,6 +163,10 @@ impl Proxy {
             outcome,
             objects: told.objects.clone(),
             answer: told.answer.as_ref().map(|answer| stored(answer, self.ledger.now())),
+            seen_request_id: told
+                .shown()
+                .and_then(request_id_of)
+                .unwrap_or_else(|| course.request_id.clone()),
             stripe_request_id: told.answer.as_ref().and_then(request_id_of),
             upstream_status: told.answer.as_ref().map(|answer| answer.status),
             duration_ms: course.elapsed_ms(),
@@ -172,13 +176,13 @@ impl Proxy {
             tracing::error!(%error, %call_id, "an outcome could not be written; the money stays counted");
         }
         let settled = resolved.is_ok() && outcome != Outcome::Unknown;
-        let mut reply = match (&told.answer, settled) {
-            (Some(_), true) if matches!(told.meaning, Meaning::OwnKeyRefused) => {
+        let mut reply = match (told.shown(), settled) {
+            (Some(answer), true) => Reply::of_answer(answer),
+            (None, true) if matches!(told.meaning, Meaning::OwnKeyRefused) => {
                 self.refuse(&own_key_refused(), course)
             }
-            (Some(answer), true) => Reply::of_answer(answer),
             (None, true) => self.refuse(&not_sent(), course),
-            (answer, false) => self.doubtful(course, &told, answer.as_ref(), may_retry, call_id),
+            (shown, false) => self.doubtful(course, &told, shown, may_retry, call_id),
         };
         if !key.client_secrets {
             reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
@@ -207,17 +211,11 @@ impl Proxy {
         &self,
         course: &Course,
         told: &Told,
-        answer: Option<&upstream::Answer>,
+        shown: Option<&upstream::Answer>,
         may_retry: bool,
         call_id: CallId,
     ) -> Reply {
-        let own_error = answer.filter(|answer| {
-            answer.status >= 400
-                && !matches!(told.meaning, Meaning::OwnKeyRefused)
-                && serde_json::from_slice::<serde_json::Value>(&answer.body)
-                    .is_ok_and(|body| body.get("error").is_some_and(serde_json::Value::is_object))
-        });
-        let mut reply = if let Some(answer) = own_error {
+        let mut reply = if let Some(answer) = shown.filter(|answer| answer.status >= 400) {
             let mut reply = Reply::of_answer(answer);
             if answer.status >= 500 {
                 let retry = may_retry && !told.replayed;
@@ -268,6 +266,22 @@ impl Told {
         }
     }
 
+    /// The answer, where the caller gets to see it: not when it turns our own key away, and not when it cannot be read.
+    fn shown(&self) -> Option<&upstream::Answer> {
+        let answer = self.answer.as_ref()?;
+        match &self.meaning {
+            Meaning::OwnKeyRefused | Meaning::NotSent | Meaning::Silence => None,
+            Meaning::Unclear { .. } => Some(answer).filter(|answer| is_error(answer)),
+            Meaning::Moved { .. }
+            | Meaning::Pending { .. }
+            | Meaning::NotMoved
+            | Meaning::Declined
+            | Meaning::Invalid
+            | Meaning::KeyMismatch
+            | Meaning::Throttled => Some(answer),
+        }
+    }
+
     fn nothing(meaning: Meaning, timed_out: bool) -> Self {
         Self { meaning, objects: Vec::new(), replayed: false, timed_out, answer: None }
     }
@@ -282,6 +296,13 @@ fn stored(answer: &upstream::Answer, at: crate::time::UnixMs) -> StoredAnswer {
         body: secrets::without_client_secrets(&answer.body).into_owned(),
         at,
     }
+}
+
+/// Whether an SDK could read it as one of Stripe's errors.
+fn is_error(answer: &upstream::Answer) -> bool {
+    answer.status >= 400
+        && serde_json::from_slice::<serde_json::Value>(&answer.body)
+            .is_ok_and(|body| body.get("error").is_some_and(serde_json::Value::is_object))
 }
 
 fn request_id_of(answer: &upstream::Answer) -> Option<String> {

@@ -8,12 +8,14 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Body;
 use hyper::header::{
-    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, TRANSFER_ENCODING,
+    AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    TRANSFER_ENCODING,
 };
 use hyper::http::request::Parts;
 
 use crate::forward::{IDEMPOTENCY_KEY, STRIPE_ACCOUNT, STRIPE_VERSION};
 use crate::refusal::{Code, Refusal};
+use crate::server::drain_body;
 use crate::vendor::stripe::catalogue::{self, BadPath};
 use crate::vendor::stripe::form::{Ambiguous, Params};
 use crate::vendor::stripe::request::{self, IDEMPOTENCY_KEY_BYTES_MAX, Reading};
@@ -21,6 +23,10 @@ use crate::vendor::stripe::rules;
 
 /// How long a request's body may take to arrive.
 const BODY_TIMEOUT_MS: u64 = 30_000;
+/// What is read and thrown away of a body that is refused, so that the refusal is not lost.
+pub const DRAIN_BYTES_MAX: u64 = 16 << 20;
+/// For how long.
+pub const DRAIN_MS: u64 = 2_000;
 /// All headers of one request together, in bytes.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
 /// Headers of one request.
@@ -88,13 +94,27 @@ pub fn credential(headers: &HeaderMap) -> Result<String, Refusal> {
 ///
 /// # Errors
 /// `body_too_large`, `request_timeout` or `encoding_not_allowed`.
-pub async fn body<B>(headers: &HeaderMap, body: B, bytes_max: usize) -> Result<Bytes, Refusal>
+pub async fn body<B>(headers: &HeaderMap, mut body: B, bytes_max: usize) -> Result<Bytes, Refusal>
 where
     B: Body<Data = Bytes> + Unpin,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let too_large =
-        || Refusal::new(Code::BodyTooLarge, format!("A request body may have {bytes_max} bytes."));
+    let refusal = match whole(headers, &mut body, bytes_max).await {
+        Ok(bytes) => return Ok(bytes),
+        Err(refusal) => refusal,
+    };
+    // A refusal that is sent while the caller still writes can be lost when the connection closes.
+    if refusal.code != Code::RequestTimeout {
+        drain_body(body, DRAIN_BYTES_MAX, Duration::from_millis(DRAIN_MS)).await;
+    }
+    Err(refusal)
+}
+
+async fn whole<B>(headers: &HeaderMap, body: &mut B, bytes_max: usize) -> Result<Bytes, Refusal>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     if headers
         .get(CONTENT_ENCODING)
         .is_some_and(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
@@ -108,7 +128,9 @@ where
     let timeout = Duration::from_millis(BODY_TIMEOUT_MS);
     match tokio::time::timeout(timeout, Limited::new(body, bytes_max).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(Refusal::new(Code::BodyTooLarge, format!("A request body may have {bytes_max} bytes.")))
+        }
         Ok(Err(_)) => Err(Refusal::new(Code::RequestTimeout, "The request's body was cut off.")),
         Err(_) => Err(Refusal::new(
             Code::RequestTimeout,
@@ -186,7 +208,7 @@ fn params(head: &Parts, body: &Bytes) -> Result<Params, Refusal> {
         _ if body.is_empty() => parse(query.as_bytes()),
         _ => {
             let form = b"application/x-www-form-urlencoded";
-            let kind = head.headers.get(CONTENT_TYPE).map(|kind| kind.as_bytes());
+            let kind = head.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
             let media = kind.and_then(|kind| kind.split(|byte| *byte == b';').next());
             if media.is_none_or(|media| !media.trim_ascii().eq_ignore_ascii_case(form)) {
                 return Err(Refusal::of_param(

@@ -2,6 +2,7 @@
 
 #[path = "../standin/standin.rs"]
 mod standin;
+#[cfg(test)]
 mod support;
 
 mod first;

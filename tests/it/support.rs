@@ -6,9 +6,10 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::standin::{Options, Standin};
 
@@ -26,7 +27,7 @@ pub(crate) struct Sidecar {
     env: BTreeMap<String, String>,
     log: Arc<Mutex<String>>,
     http: reqwest::Client,
-    _dir: Option<tempfile::TempDir>,
+    dir: Option<tempfile::TempDir>,
 }
 
 /// An answer, read whole.
@@ -103,7 +104,7 @@ pub(crate) async fn world_with(settings: &[(&str, &str)]) -> (Standin, Sidecar) 
         env.insert(format!("KEYBRAKE_{name}"), (*value).to_owned());
     }
     let mut sidecar = Sidecar::spawn(env);
-    sidecar._dir = Some(dir);
+    sidecar.dir = Some(dir);
     sidecar.ready().await;
     (standin, sidecar)
 }
@@ -130,7 +131,7 @@ impl Sidecar {
             env,
             log,
             http: client(),
-            _dir: None,
+            dir: None,
         }
     }
 
@@ -190,7 +191,7 @@ impl Sidecar {
     /// Starts it again on the same ledger, addresses and settings.
     pub(crate) async fn restart(&mut self) {
         let mut again = Self::spawn(self.env.clone());
-        again._dir = self._dir.take();
+        again.dir = self.dir.take();
         *self = again;
         self.ready().await;
     }

@@ -32,6 +32,8 @@ pub struct Resolve {
     pub objects: Vec<String>,
     /// The answer, where one came.
     pub answer: Option<StoredAnswer>,
+    /// The `Request-Id` that the caller gets to see.
+    pub seen_request_id: String,
     /// Stripe's `Request-Id`.
     pub stripe_request_id: Option<String>,
     /// Stripe's status.
@@ -79,6 +81,7 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
         .map(|(_, flag)| flag.to_owned())
         .collect::<Vec<_>>();
     let audit = Entry {
+        request_id: Some(command.seen_request_id.clone()),
         stripe_request_id: command.stripe_request_id.clone(),
         upstream_status: command.upstream_status,
         duration_ms: Some(command.duration_ms),
