@@ -171,7 +171,7 @@ pub fn request<'a>(
             "Unrecognized request URL. If you are trying to list objects, remove the trailing slash.",
         ),
     })?;
-    let params = params(head, body)?;
+    let params = params(head, body)?.with_lower_case("currency");
     rules::refuse_credentials(&params)?;
     let method = head.method.as_str();
     let (operation, ids) = catalogue::find(method, &segments).ok_or_else(|| {

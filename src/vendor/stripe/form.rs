@@ -75,10 +75,13 @@ impl Params {
         self.0.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     }
 
-    /// The same without the parameters that `gone` names.
+    /// The same with one parameter's value in lower case, for values whose case means nothing.
     #[must_use]
-    pub fn without(&self, gone: impl Fn(&str) -> bool) -> Self {
-        Self(self.0.iter().filter(|(name, _)| !gone(name)).cloned().collect())
+    pub fn with_lower_case(mut self, name: &str) -> Self {
+        for (_, value) in self.0.iter_mut().filter(|(found, _)| found == name) {
+            value.make_ascii_lowercase();
+        }
+        self
     }
 }
 

@@ -193,7 +193,9 @@ pub fn intent(
     let metadata = params.pairs().iter().filter(|(name, _)| form::base(name) == "metadata").count();
     let takes_stamp =
         matches!(priced, Some(Priced::ChargeCreate | Priced::IntentCreate | Priced::RefundCreate));
-    let stamped = around.stamp && takes_stamp && metadata < METADATA_KEYS_MAX;
+    // `metadata=` stands for no metadata at all, and cannot stand beside an entry.
+    let has_room = metadata < METADATA_KEYS_MAX && params.get("metadata").is_none();
+    let stamped = around.stamp && takes_stamp && has_room;
     let mut facts = facts(reading);
     if facts.object_id.is_none() {
         facts.object_id = refunded(params).map(str::to_owned);

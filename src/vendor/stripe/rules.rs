@@ -107,7 +107,6 @@ const REDIRECTING_PARAMS: &[&str] = &[
     "application_fee",
     "application_fee_amount",
     "application_fee_percent",
-    "transfer_group",
     "reverse_transfer",
     "refund_application_fee",
     "origin",
