@@ -16,6 +16,8 @@ use crate::time::{DAY_MS, HOUR_MS, UnixMs};
 
 /// How long after an attempt's first send a doubt may be sent again: an hour less than Stripe remembers keys.
 pub const RESEND_WITHIN_MS: u64 = 23 * HOUR_MS;
+/// How far the clock may be set back without closing the window above: less than the hour that it is short of.
+pub const CLOCK_SLACK_MS: u64 = HOUR_MS / 2;
 /// How long a declined call stays bound to its parameters under a caller's key, as at Stripe.
 pub const DECLINE_BINDS_MS: u64 = DAY_MS;
 /// When the same parameters are worth a new attempt after a decline, in `content` mode.
@@ -176,7 +178,7 @@ pub struct Attempt {
     /// When bytes last may have left.
     #[n(3)]
     pub last_send: UnixMs,
-    /// How often bytes may have left since the attempt was last proven not executed.
+    /// How often bytes may have left since the vendor was last known not to have looked at it.
     #[n(4)]
     pub sends: u32,
     /// How it ended; `None` while nobody knows.
@@ -194,6 +196,9 @@ pub struct Attempt {
     /// Whether Stripe ever answered it with a 5xx, which it keeps repeating.
     #[n(9)]
     pub saw_5xx: bool,
+    /// When it was declined first. Stripe repeats that under the same key, and takes no other parameters with it.
+    #[n(10)]
+    pub declined_at: Option<UnixMs>,
 }
 
 /// An answer that is kept to be given again. Never with a `client_secret`.
@@ -462,10 +467,12 @@ impl Call {
         self.attempts.last()
     }
 
-    /// Whether the doubt may be sent again at `now`.
-    pub fn may_resend(&self, now: UnixMs) -> bool {
+    /// Whether the doubt may be sent again at `now`. `floor` is when the clock was last set back.
+    pub fn may_resend(&self, now: UnixMs, floor: UnixMs) -> bool {
         self.last_attempt().is_some_and(|attempt| {
-            attempt.upstream_key.is_some() && now.millis_since(attempt.first_send) < RESEND_WITHIN_MS
+            attempt.upstream_key.is_some()
+                && attempt.first_send > floor
+                && now.millis_since(attempt.first_send) < RESEND_WITHIN_MS
         })
     }
 

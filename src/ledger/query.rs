@@ -93,10 +93,7 @@ macro_rules! open_or {
 
 impl RedbStore {
     fn meta_row<T: for<'b> minicbor::Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, META, None);
-        let found = table.get(name)?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        meta_of(&self.read()?, name)
     }
 
     /// To which account and mode the ledger is bound.
@@ -276,7 +273,7 @@ impl RedbStore {
         let txn = self.read()?;
         let none = Page { items: Vec::new(), next: None };
         let table = open_or!(txn, AUDIT, none);
-        let tail = self.unindexed_last(&table)?;
+        let tail = unindexed_last(&txn, &table)?;
         let last = match txn.open_table(AUDIT_LAST) {
             Ok(table) => Some(table),
             Err(TableError::TableDoesNotExist(_)) => None,
@@ -316,32 +313,16 @@ impl RedbStore {
         Ok(Page { items, next: None })
     }
 
-    /// The last event of each call in the part of the log that the index does not cover yet.
-    fn unindexed_last(
-        &self,
-        audit: &impl ReadableTable<u64, row::Bytes>,
-    ) -> Result<std::collections::HashMap<CallId, u64>, LedgerError> {
-        let indexed: u64 = self.meta_row(meta::INDEXED_TO)?.unwrap_or(0);
-        let mut last = std::collections::HashMap::new();
-        for found in audit.range(indexed.saturating_add(1)..)? {
-            let (seq, stored) = found?;
-            if let Some(call) = call_of(&sealed_of(stored.value())?.bytes)? {
-                last.insert(call, seq.value());
-            }
-        }
-        Ok(last)
-    }
-
     /// Follows the whole chain that is kept.
     ///
     /// # Errors
     /// [`LedgerError`] when it cannot be read; a chain that is broken is a result.
     pub fn verify_chain(&self) -> Result<ChainState, LedgerError> {
-        let mut verifier = match self.meta_row::<AuditFloorRow>(meta::AUDIT_FLOOR)? {
+        let txn = self.read()?;
+        let mut verifier = match meta_of::<AuditFloorRow>(&txn, meta::AUDIT_FLOOR)? {
             Some(floor) => Verifier::from_record(floor.seq, floor.prev_hash.into()),
             None => Verifier::default(),
         };
-        let txn = self.read()?;
         let empty = ChainState { records: 0, head: verifier.head(), broken: None };
         let table = open_or!(txn, AUDIT, empty);
         let mut records = 0;
@@ -354,6 +335,32 @@ impl RedbStore {
         }
         Ok(ChainState { records, head: verifier.head(), broken: None })
     }
+}
+
+/// A row of `meta` in the snapshot of the rows that it speaks of.
+fn meta_of<T: for<'b> minicbor::Decode<'b, ()>>(
+    txn: &redb::ReadTransaction,
+    name: &str,
+) -> Result<Option<T>, LedgerError> {
+    let table = open_or!(txn, META, None);
+    let found = table.get(name)?;
+    found.map(|bytes| row::decode(bytes.value())).transpose()
+}
+
+/// The last event of each call in the part of the log that the index does not cover yet.
+fn unindexed_last(
+    txn: &redb::ReadTransaction,
+    audit: &impl ReadableTable<u64, row::Bytes>,
+) -> Result<std::collections::HashMap<CallId, u64>, LedgerError> {
+    let indexed: u64 = meta_of(txn, meta::INDEXED_TO)?.unwrap_or(0);
+    let mut last = std::collections::HashMap::new();
+    for found in audit.range(indexed.saturating_add(1)..)? {
+        let (seq, stored) = found?;
+        if let Some(call) = call_of(&sealed_of(stored.value())?.bytes)? {
+            last.insert(call, seq.value());
+        }
+    }
+    Ok(last)
 }
 
 fn sealed_of(stored: &[u8]) -> Result<Sealed, LedgerError> {

@@ -72,16 +72,18 @@ impl RedbStore {
     /// anybody can ask.
     fn prepare(db: Database, opening: &Opening) -> Result<Self, LedgerError> {
         let txn = begin(&db)?;
-        let mut tx = Tx::open(&txn, opening, None)?;
-        let found: Option<u32> = tx.meta(meta::FORMAT)?;
+        // Before anything else is read: nothing else of a newer file needs to be readable.
+        let found = tx::stored_format(&txn)?;
         if let Some(found) = found.filter(|found| *found > FORMAT) {
             return Err(LedgerError::NewerFormat { found, known: FORMAT });
         }
+        let mut tx = Tx::open(&txn, opening, None)?;
         let now = opening.clock.now().max(tx.mark()?);
         if found.is_none() {
             tx.create(opening, now)?;
         }
         tx.check_mode(opening)?;
+        tx.note_clock(now, opening.clock.now())?;
         tx.doubt_orphans(opening.boot, now)?;
         let (id, salt) = (tx.ledger_id()?, tx.salt()?);
         drop(tx);
@@ -262,6 +264,10 @@ fn refuse_command(command: Command, error: &LedgerError) {
 }
 
 fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, boot: BootId) -> Executed {
+    if let Err(error) = tx.note_clock(now, store.clock.now()) {
+        refuse_command(command, &error);
+        return Err((Box::new(|_| ()), error));
+    }
     match command {
         Command::Admit { key_id, admit, reply } => answer(reply, admit_call(tx, key_id, &admit, now)),
         Command::Resolve { hold_id, call_id, resolve, reply } => {
@@ -359,7 +365,7 @@ impl Tx<'_> {
         Ok(())
     }
 
-    fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
+    pub(super) fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
         let table = self.txn().open_table(row::HOLDS)?;
         let mut holds = Vec::new();
         for row in table.range((row::PHASE_LIVE, &[0; 16])..=(row::PHASE_LIVE, &[255; 16]))? {

@@ -47,6 +47,8 @@ pub struct Loaded<'a> {
     pub key: &'a Key,
     /// Whether an operator stopped everything.
     pub kill_switch: bool,
+    /// Attempts first sent up to here are not sent again, because the clock was set back since.
+    pub resend_floor: UnixMs,
     /// The call with the intent's identity.
     pub call: Option<&'a Call>,
     /// The hold of that call's last attempt.
@@ -137,9 +139,10 @@ fn same_call<'a>(state: &Loaded<'a>, intent: &Intent, now: UnixMs) -> Result<Sam
     let Some(call) = state.call else { return Ok(Same::New) };
     let remembered = state.answer_kept
         && call.remember_until.is_some_and(|until| now < until || call.state == CallState::Open);
-    let over = call.state == CallState::Spent && !remembered;
-    if over && !call.by_content {
-        return Ok(Same::New);
+    // Not for want of an answer: what is known to be executed without one is executed as well.
+    let over = call.state == CallState::Spent && call.remember_until.is_some_and(|until| now >= until);
+    if over {
+        return if call.by_content { Err(already_executed(call)) } else { Ok(Same::New) };
     }
     let differs = call.fingerprint != intent.fingerprint;
     if differs && call.binds_parameters(now) {
@@ -150,15 +153,30 @@ fn same_call<'a>(state: &Loaded<'a>, intent: &Intent, now: UnixMs) -> Result<Sam
         CallState::Spent | CallState::Open if remembered => Ok(Same::Replay(call)),
         CallState::Spent | CallState::Open => Err(already_executed(call)),
         CallState::Doubt => match state.call_hold {
-            Some(hold) if call.may_resend(now) => Ok(Same::Resend(call, hold)),
+            Some(hold) if call.may_resend(now, state.resend_floor) => Ok(Same::Resend(call, hold)),
             _ => Err(Refusal::outcome_unknown(false, false, doubt_text(call))),
         },
         CallState::Declined if call.by_content => next_after_decline(call, differs, now, intent),
         CallState::Refused if call.by_content => Ok(Same::Again(call, last_n(call).saturating_add(1))),
-        CallState::NotExecuted if call.by_content => Ok(Same::Again(call, last_n(call))),
+        CallState::NotExecuted if call.by_content => next_after_no_execution(call, differs, now, intent),
         CallState::Declined | CallState::Refused | CallState::NotExecuted | CallState::Forgotten => {
             Ok(Same::Again(call, last_n(call).saturating_add(1)))
         }
+    }
+}
+
+/// What Stripe never looked at goes up under the same key. What it made and ended (a canceled object) needs the next:
+/// under the same key Stripe would repeat the object as it was.
+fn next_after_no_execution<'a>(
+    call: &'a Call,
+    differs: bool,
+    now: UnixMs,
+    intent: &Intent,
+) -> Result<Same<'a>, Refusal> {
+    match call.last_attempt() {
+        Some(attempt) if attempt.sends > 0 => Ok(Same::Again(call, attempt.n.saturating_add(1))),
+        Some(attempt) if attempt.declined_at.is_some() => next_after_decline(call, differs, now, intent),
+        Some(_) | None => Ok(Same::Again(call, last_n(call))),
     }
 }
 
@@ -171,8 +189,8 @@ fn next_after_decline<'a>(
     intent: &Intent,
 ) -> Result<Same<'a>, Refusal> {
     let n = last_n(call);
-    let ended_at = call.last_attempt().and_then(|attempt| attempt.ended_at).unwrap_or(call.created_at);
-    let waited = now.millis_since(ended_at) >= RETRY_DECLINED_AFTER_MS;
+    let declined_at = call.last_attempt().and_then(|attempt| attempt.declined_at).unwrap_or(call.created_at);
+    let waited = now.millis_since(declined_at) >= RETRY_DECLINED_AFTER_MS;
     match (differs, n < ATTEMPTS_MAX) {
         (true, true) => Ok(Same::Again(call, n.saturating_add(1))),
         (true, false) => Err(other_parameters(call, intent)),
@@ -362,7 +380,8 @@ fn fits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Result<(), Re
     let whole_life = key.lives_a_day_or_less();
     let day = reserve.on.map_or(now.day(), |hold| hold.day);
     let window = if whole_life { Day::TOTAL } else { day };
-    let resets_at = (!whole_life).then(|| day.end());
+    // A hold of an earlier day stays counted on that day, which does not come again.
+    let resets_at = (!whole_life && day == now.day()).then(|| day.end());
     // A key that may spend and has no figure was not meant to: only `uncapped` lifts a cap.
     let limit_of = |cap: Option<MicroUsd>| if key.caps.uncapped { cap } else { cap.or(Some(MicroUsd::ZERO)) };
     let limits = match reserve.lane {
@@ -495,6 +514,11 @@ fn send(
         stamp: mark,
         hold_id: hold.id,
         saw_5xx: false,
+        declined_at: attempt
+            .call
+            .and_then(Call::last_attempt)
+            .filter(|last| last.n == attempt.n)
+            .and_then(|last| last.declined_at),
     };
     let call = called(state, command, attempt, made, now);
     let audit = Entry {
@@ -534,8 +558,9 @@ fn held(
     let mut calls = of_object.map(|hold| hold.calls.clone()).unwrap_or_default();
     calls.retain(|known| *known != call_id);
     calls.push(call_id);
+    // The call that made the object stays: it is remembered for as long as the object is open.
     let excess = calls.len().saturating_sub(TRAIL_MAX);
-    calls.drain(..excess);
+    calls.drain(1..=excess);
     Hold {
         id: reserve.on.map_or(command.hold_id, |hold| hold.id),
         key_id: reserve.payer.id,

@@ -6,7 +6,7 @@ use redb::{ReadableTable, WriteTransaction};
 use serde_json::{Map, Value};
 
 use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
-use crate::call::{Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
+use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState, Lane, Subject};
 use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
 use crate::intent::Claim;
@@ -119,6 +119,16 @@ impl<'t> Tx<'t> {
         self.meta(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))
     }
 
+    /// While the mark is ahead of the machine's clock, time seems to stand still, and the window in which a doubt may be
+    /// sent again would stay open for longer than Stripe remembers keys.
+    pub(super) fn note_clock(&mut self, now: UnixMs, wall: UnixMs) -> Result<(), LedgerError> {
+        let is_back = now.millis_since(wall) > CLOCK_SLACK_MS;
+        if is_back && self.meta::<UnixMs>(meta::RESEND_FLOOR)?.unwrap_or_default() < now {
+            self.put_meta(meta::RESEND_FLOOR, &now)?;
+        }
+        Ok(())
+    }
+
     pub(super) fn lower_clock(
         &mut self,
         reason: &str,
@@ -127,6 +137,15 @@ impl<'t> Tx<'t> {
         wall: UnixMs,
     ) -> Result<(UnixMs, UnixMs), LedgerError> {
         self.put_meta(meta::CLOCK_MARK, &wall)?;
+        self.put_meta(meta::RESEND_FLOOR, &UnixMs::from_millis(wall.millis().saturating_sub(1)))?;
+        for hold in self.live_holds()? {
+            let Some(mut call) = self.call_by_id(hold.call_id)? else { continue };
+            // First sent by a clock that was wrong: nobody knows how long ago.
+            if let Some(attempt) = call.attempts.last_mut().filter(|attempt| attempt.first_send >= wall) {
+                attempt.first_send = UnixMs::default();
+                self.put_call(&call)?;
+            }
+        }
         let mut detail = Map::new();
         detail.insert("before".to_owned(), Value::from(now.to_string()));
         detail.insert("after".to_owned(), Value::from(wall.to_string()));
@@ -341,6 +360,7 @@ impl<'t> Tx<'t> {
         let loaded = Loaded {
             key: &key,
             kill_switch,
+            resend_floor: self.meta(meta::RESEND_FLOOR)?.unwrap_or_default(),
             call: call.as_ref(),
             call_hold: call_hold.as_ref(),
             answer_kept,
@@ -385,7 +405,10 @@ impl<'t> Tx<'t> {
         record: Record,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        let Some(hold) = self.hold_of_object(object)? else { return Ok(()) };
+        // A hold that ended may be older than its key's row, and has nothing left to end.
+        let Some(hold) = self.hold_of_object(object)?.filter(|hold| hold.state.is_live()) else {
+            return Ok(());
+        };
         let owner = self.key(hold.key_id)?.ok_or(LedgerError::Contradiction("a hold has no key"))?;
         let mut calls = Vec::new();
         for id in &hold.calls {
@@ -515,6 +538,13 @@ impl<'t> Tx<'t> {
         self.head = Head { seq, hash: sealed.hash, at };
         Ok(())
     }
+}
+
+/// The format of the file; `None` when it is new.
+pub(super) fn stored_format(txn: &WriteTransaction) -> Result<Option<u32>, LedgerError> {
+    let table = txn.open_table(META)?;
+    let found = table.get(meta::FORMAT)?;
+    found.map(|bytes| row::decode(bytes.value())).transpose()
 }
 
 fn stored_head(txn: &WriteTransaction) -> Result<Head, LedgerError> {

@@ -96,13 +96,15 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
         )
     };
     let keep = command.answer.as_ref().filter(|_| ended.is_some_and(is_remembered));
-    let look_at = now.plus_millis(u64::from(state.key.remember_days).saturating_mul(DAY_MS));
+    let look_at = remember_until(state.key, now);
     if keep.is_some() {
         call.answered_at = Some(now);
+    }
+    if ended.is_some_and(is_remembered) {
         call.remember_until = Some(look_at);
     }
     let mut calls = vec![call];
-    calls.extend(carried_along(state.others, change.hold.state));
+    calls.extend(carried_along(state.others, &change.hold));
     Effects {
         calls,
         objects: command.objects.clone(),
@@ -113,6 +115,11 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
         audit: vec![audit],
         ..Effects::default()
     }
+}
+
+/// Until when a call that is executed or open now is the same call.
+fn remember_until(key: &Key, now: UnixMs) -> UnixMs {
+    now.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS))
 }
 
 /// How the row of a call ends, or `None` while its outcome is unknown.
@@ -178,16 +185,55 @@ fn with_end(call: &Call, ended: Option<CallState>, command: &Resolve, now: UnixM
         attempt.end = ended;
         attempt.ended_at = ended.map(|_| now);
         attempt.saw_5xx |= command.upstream_status.is_some_and(|status| status >= 500);
+        match ended {
+            Some(CallState::Declined) => attempt.declined_at = attempt.declined_at.or(Some(now)),
+            Some(CallState::NotExecuted) => attempt.sends = 0,
+            Some(
+                CallState::InFlight
+                | CallState::Open
+                | CallState::Spent
+                | CallState::Refused
+                | CallState::Doubt
+                | CallState::Forgotten,
+            )
+            | None => {}
+        }
     }
     call
 }
 
 /// Earlier calls on a hold that is now spent are spent with it.
-fn carried_along(others: &[Call], state: HoldState) -> impl Iterator<Item = Call> + '_ {
+fn carried_along<'a>(others: &'a [Call], hold: &Hold) -> impl Iterator<Item = Call> + use<'a> {
+    let hold = (hold.state == HoldState::Spent).then(|| hold.clone());
     others
         .iter()
-        .filter(move |other| state == HoldState::Spent && other.state == CallState::Open)
+        .filter(move |other| {
+            other.state == CallState::Open && hold.as_ref().is_some_and(|hold| is_ended_by(other, hold))
+        })
         .map(|other| Call { state: CallState::Spent, ..other.clone() })
+}
+
+/// Whether the end of a hold is the end of a call that once used it. A caller's key that was refused there may have
+/// been used for something else since, which has a hold of its own.
+fn is_ended_by(call: &Call, hold: &Hold) -> bool {
+    let on_hold = call.hold_id == hold.id;
+    match call.state {
+        CallState::Doubt => on_hold,
+        // It made or used the object under a hold that ended before this one.
+        CallState::Open => {
+            on_hold
+                || call
+                    .object_id
+                    .as_ref()
+                    .is_some_and(|id| hold.object_id.as_ref() == Some(id) || hold.aliases.contains(id))
+        }
+        CallState::InFlight
+        | CallState::Spent
+        | CallState::Declined
+        | CallState::Refused
+        | CallState::NotExecuted
+        | CallState::Forgotten => false,
+    }
 }
 
 /// A hold as an outcome leaves it.
@@ -277,12 +323,13 @@ pub fn observe(
     (bare.base, bare.live) = (None, None);
     let mut change = Change::of(&bare, outcome);
     change.hold.since = now;
-    let touched = |call: &&Call| matches!(call.state, CallState::Open | CallState::Doubt);
+    let touched = |call: &&Call| is_ended_by(call, hold);
     let drop_answers = match record {
         Record::Ended => calls.iter().filter(touched).map(|call| call.id).collect(),
         Record::Moved { .. } => Vec::new(),
     };
-    let calls = calls.iter().filter(touched).map(|call| ended_call(call, end, now)).collect();
+    let until = remember_until(owner, now);
+    let calls = calls.iter().filter(touched).map(|call| ended_call(call, end, now, until)).collect();
     let told = match record {
         Record::Ended => RecordedOutcome::None,
         Record::Moved { .. } => RecordedOutcome::Spent,
@@ -302,16 +349,23 @@ pub fn observe(
     })
 }
 
-fn ended_call(call: &Call, end: CallState, now: UnixMs) -> Call {
+fn ended_call(call: &Call, end: CallState, now: UnixMs, until: UnixMs) -> Call {
     let mut call = call.clone();
     call.state = end;
     if let Some(attempt) = call.attempts.last_mut() {
         attempt.end = Some(end);
         attempt.ended_at = Some(now);
     }
-    if end == CallState::NotExecuted {
-        call.remember_until = None;
-    }
+    call.remember_until = match end {
+        CallState::Spent => call.remember_until.or(Some(until)),
+        CallState::InFlight
+        | CallState::Open
+        | CallState::Declined
+        | CallState::Refused
+        | CallState::Doubt
+        | CallState::NotExecuted
+        | CallState::Forgotten => None,
+    };
     call
 }
 
@@ -335,6 +389,7 @@ pub fn orphan(hold: &Hold, call: Option<&Call>, key: &Key, boot: BootId, now: Un
     };
     Some(Effects {
         calls: call.map(|call| Call { state: CallState::Doubt, ..call.clone() }).into_iter().collect(),
+        look_at_call: call.map(|call| (remember_until(key, now), call.id)),
         hold: Some((Some(hold.clone()), is)),
         audit: vec![audit],
         ..Effects::default()
