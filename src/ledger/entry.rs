@@ -64,6 +64,7 @@ pub fn of_refusal(at: UnixMs, key: &Key, facts: &Facts, refusal: &Refusal, durat
         code: Some(refusal.code.as_str().to_owned()),
         outcome: Some(RecordedOutcome::None),
         count: Some(1),
+        usd: refusal.figures.as_ref().map(|figures| figures.requested.to_string()),
         duration_ms: Some(duration_ms),
         ..of_request(at, Event::Refused, key, facts)
     }

@@ -61,6 +61,8 @@ pub struct RedbStore {
 
 impl RedbStore {
     pub(crate) fn open_file(path: &Path, opening: &Opening) -> Result<Self, LedgerError> {
+        make_private(path)
+            .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", path.display())))?;
         Self::prepare(Database::create(path)?, opening)
     }
 
@@ -125,6 +127,13 @@ impl RedbStore {
         tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
     }
+}
+
+/// Makes the file before the store does, for the owner alone: it holds personal data.
+fn make_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o600))
 }
 
 fn begin(db: &Database) -> Result<WriteTransaction, LedgerError> {

@@ -1,0 +1,31 @@
+# A Rust toolchain, Python 3.9 or later and make are all that these need; Node comes as a Python wheel.
+
+PYTHON ?= python3
+BUILD = cargo build --locked --bin keybrake --example stripe-standin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test test-long lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## what a billing flow charges without Keybrake and with it: offline, no Stripe account (DEMO=--json for machines)
+	@$(BUILD)
+	@$(PYTHON) tests/demo/demo.py $(DEMO)
+
+run: ## a sidecar in front of your own Stripe account; asks for the key that it lacks
+	@sh docker/run.sh
+
+test: ## all tests: those of Rust, then the real Stripe SDKs of Python and Node against a sidecar
+	$(BUILD)
+	cargo test --locked
+	$(PYTHON) tests/sdk/setup.py --node >/dev/null
+	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk
+
+test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
+test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS)
+
+lint: ## formatting, clippy and rustdoc, warnings as errors
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
