@@ -28,7 +28,7 @@ use crate::key::Key;
 use crate::ledger::rules::kill_switch;
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::proxy::flights::Flights;
-use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY};
+use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::secret::{KeyKind, KeySecret, looks_like_stripe_key};
@@ -321,7 +321,7 @@ impl Proxy {
                 tracing::error!(%error, "a canceled payment intent could not be released; it stays held");
             }
         }
-        let mut reply = Reply::of_answer(&answer);
+        let mut reply = Reply::of_answer(&answer, &course.request_id);
         if answer.status >= 500 {
             let replayed = reply.header(&REPLAYED) == Some("true");
             reply.set(SHOULD_RETRY, if replayed { "false" } else { "true" });
@@ -329,12 +329,11 @@ impl Proxy {
         if !key.client_secrets {
             reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
         }
-        let seen = reply.header(&REQUEST_ID).map(str::to_owned);
         let entry = Entry {
             decision: Some(Decision::Forwarded),
             outcome: Some(RecordedOutcome::None),
-            stripe_request_id: seen.clone(),
-            request_id: seen.or_else(|| Some(facts.request_id.clone())),
+            stripe_request_id: request_id_of(&answer),
+            request_id: reply.header(&REQUEST_ID).map(str::to_owned),
             upstream_status: Some(answer.status),
             duration_ms: Some(course.elapsed_ms()),
             ..entry::of_request(self.ledger.now(), Event::Forwarded, key, facts)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use hyper::header::CONTENT_TYPE;
+use hyper::header::{CONTENT_TYPE, HeaderName};
 use tokio::time::timeout_at;
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
@@ -15,7 +15,9 @@ use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::rules::{Admit, one_call_fits};
 use crate::ledger::{Admitted, Held, entry};
 use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
-use crate::proxy::reply::{OUTCOME, REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY};
+use crate::proxy::reply::{
+    ORIGINAL_REQUEST, OUTCOME, REPLAYED, REPLAYED_FROM, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of,
+};
 use crate::proxy::{Course, No, Proxy, own_key_refused};
 use crate::random;
 use crate::refusal::{Code, Refusal};
@@ -104,8 +106,10 @@ impl Proxy {
         answer: &SharedAnswer,
     ) -> Result<Reply, No> {
         let mut reply = answer.reply.clone();
-        if (200..300).contains(&reply.status) {
-            let original = reply.header(&REQUEST_ID).unwrap_or_default().to_owned();
+        // A leader that replayed has named the execution already.
+        if (200..300).contains(&reply.status) && reply.header(&REPLAYED_FROM).is_none() {
+            let original = reply.header(&ORIGINAL_REQUEST).or(reply.header(&REQUEST_ID));
+            let original = original.unwrap_or_default().to_owned();
             reply.mark_replayed(&original, answer.at);
         }
         reply.set(REQUEST_ID, &course.request_id);
@@ -162,7 +166,7 @@ impl Proxy {
         let resolve = Resolve {
             outcome,
             objects: told.objects.clone(),
-            answer: told.answer.as_ref().map(|answer| stored(answer, self.ledger.now())),
+            answer: told.answer.as_ref().map(|answer| stored(answer, &course.request_id, self.ledger.now())),
             seen_request_id: told
                 .shown()
                 .and_then(request_id_of)
@@ -177,7 +181,7 @@ impl Proxy {
         }
         let settled = resolved.is_ok() && outcome != Outcome::Unknown;
         let mut reply = match (told.shown(), settled) {
-            (Some(answer), true) => Reply::of_answer(answer),
+            (Some(answer), true) => Reply::of_answer(answer, &course.request_id),
             (None, true) if matches!(told.meaning, Meaning::OwnKeyRefused) => {
                 self.refuse(&own_key_refused(), course)
             }
@@ -216,7 +220,7 @@ impl Proxy {
         call_id: CallId,
     ) -> Reply {
         let mut reply = if let Some(answer) = shown.filter(|answer| answer.status >= 400) {
-            let mut reply = Reply::of_answer(answer);
+            let mut reply = Reply::of_answer(answer, &course.request_id);
             if answer.status >= 500 {
                 let retry = may_retry && !told.replayed;
                 reply.set(SHOULD_RETRY, if retry { "true" } else { "false" });
@@ -287,12 +291,14 @@ impl Told {
     }
 }
 
-fn stored(answer: &upstream::Answer, at: crate::time::UnixMs) -> StoredAnswer {
-    let content_type = answer.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+fn stored(answer: &upstream::Answer, request_id: &str, at: crate::time::UnixMs) -> StoredAnswer {
+    let text = |name: &HeaderName| answer.headers.get(name).and_then(|value| value.to_str().ok());
+    // After a re-send the execution is another request than the one that brought its answer.
+    let executed = text(&ORIGINAL_REQUEST).map(str::to_owned).or_else(|| request_id_of(answer));
     StoredAnswer {
         status: answer.status,
-        content_type: content_type.unwrap_or("application/json").to_owned(),
-        request_id: request_id_of(answer).unwrap_or_default(),
+        content_type: text(&CONTENT_TYPE).unwrap_or("application/json").to_owned(),
+        request_id: executed.unwrap_or_else(|| request_id.to_owned()),
         body: secrets::without_client_secrets(&answer.body).into_owned(),
         at,
     }
@@ -303,10 +309,6 @@ fn is_error(answer: &upstream::Answer) -> bool {
     answer.status >= 400
         && serde_json::from_slice::<serde_json::Value>(&answer.body)
             .is_ok_and(|body| body.get("error").is_some_and(serde_json::Value::is_object))
-}
-
-fn request_id_of(answer: &upstream::Answer) -> Option<String> {
-    answer.headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).map(str::to_owned)
 }
 
 const fn outcome_name(outcome: Outcome) -> &'static str {

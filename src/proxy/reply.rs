@@ -51,13 +51,17 @@ const NOT_PASSED_ON: &[&str] = &[
 ];
 
 impl Reply {
-    /// Stripe's answer as it is.
-    pub fn of_answer(answer: &upstream::Answer) -> Self {
+    /// Stripe's answer as it is, with an id of ours where it has none.
+    pub fn of_answer(answer: &upstream::Answer, request_id: &str) -> Self {
         let mut headers = answer.headers.clone();
         for name in NOT_PASSED_ON {
             headers.remove(*name);
         }
-        Self { status: answer.status, headers, body: answer.body.clone() }
+        let mut reply = Self { status: answer.status, headers, body: answer.body.clone() };
+        if reply.header(&REQUEST_ID).is_none() {
+            reply.set(REQUEST_ID, request_id);
+        }
+        reply
     }
 
     /// A remembered answer, given again.
@@ -112,4 +116,9 @@ impl Reply {
         *response.headers_mut() = self.headers;
         response
     }
+}
+
+/// The id that Stripe gave its answer.
+pub fn request_id_of(answer: &upstream::Answer) -> Option<String> {
+    answer.headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).map(str::to_owned)
 }

@@ -5,4 +5,15 @@ mod standin;
 #[cfg(test)]
 mod support;
 
+#[cfg(test)]
+mod audit;
+#[cfg(test)]
+mod caps;
+#[cfg(test)]
 mod first;
+#[cfg(test)]
+mod objects;
+#[cfg(test)]
+mod outcomes;
+#[cfg(test)]
+mod same_call;

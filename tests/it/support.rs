@@ -238,6 +238,11 @@ impl Sidecar {
         self.call("POST", "/v1/charges", key, &[("idempotency-key", idempotency_key)], &form).await
     }
 
+    /// A POST under an idempotency key.
+    pub(crate) async fn post(&self, key: &str, path: &str, name: &str, form: &[(&str, &str)]) -> Reply {
+        self.call("POST", path, key, &[("idempotency-key", name)], form).await
+    }
+
     /// One JSON request with the admin key.
     pub(crate) async fn admin(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
@@ -271,6 +276,30 @@ impl Sidecar {
         let reply = self.admin("GET", &format!("/admin/vault_keys/{key_id}"), None).await;
         let text = |field: &str| reply.body["spend"]["today"][field].as_str().unwrap().to_owned();
         (text("spent"), text("held"), text("doubt"))
+    }
+
+    /// A key as the admin API shows it.
+    pub(crate) async fn key(&self, key_id: &str) -> Value {
+        self.admin("GET", &format!("/admin/vault_keys/{key_id}"), None).await.body
+    }
+
+    /// What `/admin/holds` or `/admin/calls` lists for a query.
+    pub(crate) async fn list(&self, path_and_query: &str) -> Vec<Value> {
+        let reply = self.admin("GET", path_and_query, None).await;
+        assert_eq!(reply.status, 200, "{}", reply.text);
+        reply.body["data"].as_array().unwrap().clone()
+    }
+
+    /// The states of the holds that a key pays for and that are not over.
+    pub(crate) async fn holds(&self, key_id: &str) -> Vec<String> {
+        let all = self.list("/admin/holds?limit=1000").await;
+        let of_key = all.iter().filter(|hold| hold["key_id"] == key_id);
+        of_key.map(|hold| hold["state"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Whether it wants traffic, as a load balancer asks.
+    pub(crate) async fn readyz(&self) -> u16 {
+        self.http.get(format!("{}/readyz", self.ops)).send().await.unwrap().status().as_u16()
     }
 
     /// Audit records, oldest first; the query without `?`.

@@ -405,16 +405,19 @@ impl<'t> Tx<'t> {
         record: Record,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        // A hold that ended may be older than its key's row, and has nothing left to end.
-        let Some(hold) = self.hold_of_object(object)?.filter(|hold| hold.state.is_live()) else {
-            return Ok(());
-        };
-        let owner = self.key(hold.key_id)?.ok_or(LedgerError::Contradiction("a hold has no key"))?;
+        let Some(hold) = self.hold_of_object(object)? else { return Ok(()) };
         let mut calls = Vec::new();
         for id in &hold.calls {
             calls.extend(self.call_by_id(*id)?);
         }
-        match resolve::observe(&hold, &calls, &owner, facts, record, now) {
+        let effects = if hold.state.is_live() {
+            let owner = self.key(hold.key_id)?.ok_or(LedgerError::Contradiction("a hold has no key"))?;
+            resolve::observe(&hold, &calls, &owner, facts, record, now)
+        } else {
+            // It may be older than its key's row, and has no money left to end.
+            resolve::forget_open(&hold, &calls, record, now)
+        };
+        match effects {
             Some(effects) => self.write(&effects, now),
             None => Ok(()),
         }

@@ -349,6 +349,19 @@ pub fn observe(
     })
 }
 
+/// The end of an object whose hold was voided before, by a decline: there is no money to release, but what is remembered
+/// of the object is over. `None` when nothing is.
+pub fn forget_open(hold: &Hold, calls: &[Call], record: Record, now: UnixMs) -> Option<Effects> {
+    let open: Vec<&Call> =
+        calls.iter().filter(|call| call.state == CallState::Open && is_ended_by(call, hold)).collect();
+    let over = hold.state == HoldState::Void && record == Record::Ended && !open.is_empty();
+    over.then(|| Effects {
+        drop_answers: open.iter().map(|call| call.id).collect(),
+        calls: open.into_iter().map(|call| ended_call(call, CallState::NotExecuted, now, now)).collect(),
+        ..Effects::default()
+    })
+}
+
 fn ended_call(call: &Call, end: CallState, now: UnixMs, until: UnixMs) -> Call {
     let mut call = call.clone();
     call.state = end;
