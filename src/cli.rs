@@ -47,6 +47,13 @@ enum Command {
         #[command(flatten)]
         target: Target,
     },
+    /// Issuer keys: what a task may mint, within bounds that the script does not choose
+    Issuers {
+        #[command(subcommand)]
+        command: Issuers,
+        #[command(flatten)]
+        target: Target,
+    },
     /// Open and unknown outcomes
     Holds {
         #[command(subcommand)]
@@ -163,9 +170,76 @@ struct Issue {
     /// Let answers keep client_secret
     #[arg(long)]
     client_secrets: bool,
+    /// Share the counters of all keys of this budget
+    #[arg(long)]
+    budget: Option<String>,
+    /// Let the first cap refusal stop the whole budget
+    #[arg(long)]
+    stop_budget_on_refusal: bool,
+    /// JSON object of constraints, such as {"customer": ["cus_9"], "amount": {"max": 2999}}
+    #[arg(long)]
+    constraints: Option<String>,
     /// NAME=VALUE, copied into every audit record; may be repeated
     #[arg(long = "metadata")]
     metadata: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Issuers {
+    /// Make an issuer key; its secret is shown once
+    Create(Box<CreateIssuer>),
+    /// List issuer keys, newest first
+    List,
+    /// Show one issuer key with what its keys have spent
+    Show {
+        /// ik_id_…
+        id: String,
+    },
+    /// Revoke an issuer key, and with it every vault key that it minted
+    Revoke {
+        /// ik_id_…
+        id: String,
+    },
+}
+
+#[derive(Args, Debug)]
+struct CreateIssuer {
+    /// What people call it
+    #[arg(long)]
+    name: String,
+    /// What the labels of its keys must start with
+    #[arg(long)]
+    label_prefix: String,
+    /// An operation its keys may have; may be repeated
+    #[arg(long = "allow", required = true)]
+    allow: Vec<String>,
+    /// The highest cap of one key, in dollars
+    #[arg(long)]
+    max_cap_usd: Option<String>,
+    /// Dollars that all its keys may spend together in a UTC day
+    #[arg(long)]
+    daily_usd_cap: Option<String>,
+    /// Dollars that all its keys may ever spend together
+    #[arg(long)]
+    total_usd_cap: Option<String>,
+    /// Dollars that all its keys may refund together in a UTC day
+    #[arg(long)]
+    daily_usd_out_cap: Option<String>,
+    /// Dollars for one call
+    #[arg(long)]
+    max_usd_per_request: Option<String>,
+    /// The longest life of a key, in seconds
+    #[arg(long)]
+    max_expires_in: Option<u64>,
+    /// Seconds until the issuer key itself expires
+    #[arg(long)]
+    expires_in: u64,
+    /// The mode that its keys must have
+    #[arg(long)]
+    idempotency: Option<String>,
+    /// JSON object of constraints that its keys have at least
+    #[arg(long)]
+    constraints: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -281,6 +355,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Doctor(json) => return doctor::run(json.json).await,
         Command::Health(json) => return health(json).await,
         Command::Keys { command, target } => keys(command, &target).await,
+        Command::Issuers { command, target } => issuers(command, &target).await,
         Command::Holds { command, target } => holds(command, &target).await,
         Command::Calls { command, target } => calls(command, &target).await,
         Command::Audit { command, target } => audit(command, &target).await,
@@ -438,6 +513,9 @@ fn issue_body(issue: Issue) -> Result<Value> {
         ("idempotency_scope", issue.idempotency_scope.map(Value::from)),
         ("remember_days", issue.remember_days.map(Value::from)),
         ("client_secrets", issue.client_secrets.then_some(Value::Bool(true))),
+        ("budget", issue.budget.map(Value::from)),
+        ("stop_budget_on_refusal", issue.stop_budget_on_refusal.then_some(Value::Bool(true))),
+        ("constraints", json_argument("--constraints", issue.constraints.as_deref())?),
     ];
     for (name, value) in optional {
         if let Some(value) = value {
@@ -456,6 +534,64 @@ fn issue_body(issue: Issue) -> Result<Value> {
         set("metadata", Value::Object(pairs.collect::<Result<_, Usage>>()?));
     }
     Ok(Value::Object(body))
+}
+
+async fn issuers(command: Issuers, target: &Target) -> Result<ExitCode> {
+    let client = client(target)?;
+    match command {
+        Issuers::Create(create) => {
+            let issuer = client.post("/admin/issuers", &issuer_body(*create)?).await?;
+            show_object(&issuer, target.json);
+        }
+        Issuers::List => {
+            let issuers = client.list("/admin/issuers", &[], usize::MAX).await?;
+            let columns = [
+                ("ID", "/id"),
+                ("NAME", "/name"),
+                ("STATUS", "/status"),
+                ("PREFIX", "/label_prefix"),
+                ("DAILY $", "/daily_usd_cap"),
+                ("EXPIRES", "/expires_at"),
+            ];
+            show_list(&issuers, &columns, target.json);
+        }
+        Issuers::Show { id } => {
+            show_object(&client.get(&format!("/admin/issuers/{id}"), &[]).await?, target.json);
+        }
+        Issuers::Revoke { id } => {
+            show_object(&client.delete(&format!("/admin/issuers/{id}")).await?, target.json);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn issuer_body(create: CreateIssuer) -> Result<Value> {
+    let optional = [
+        ("max_cap_usd", create.max_cap_usd.map(Value::from)),
+        ("daily_usd_cap", create.daily_usd_cap.map(Value::from)),
+        ("total_usd_cap", create.total_usd_cap.map(Value::from)),
+        ("daily_usd_out_cap", create.daily_usd_out_cap.map(Value::from)),
+        ("max_usd_per_request", create.max_usd_per_request.map(Value::from)),
+        ("max_expires_in_seconds", create.max_expires_in.map(Value::from)),
+        ("idempotency", create.idempotency.map(Value::from)),
+        ("constraints", json_argument("--constraints", create.constraints.as_deref())?),
+    ];
+    let mut body = json!({
+        "name": create.name,
+        "label_prefix": create.label_prefix,
+        "allowed_endpoints": create.allow,
+        "expires_in_seconds": create.expires_in,
+    });
+    for (name, value) in optional {
+        if let Some(value) = value {
+            body[name] = value;
+        }
+    }
+    Ok(body)
+}
+
+fn json_argument(name: &str, text: Option<&str>) -> Result<Option<Value>, Usage> {
+    text.map(serde_json::from_str).transpose().map_err(|_| Usage(format!("{name} must be JSON")))
 }
 
 async fn holds(command: Holds, target: &Target) -> Result<ExitCode> {

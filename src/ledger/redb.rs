@@ -250,9 +250,12 @@ fn refuse_command(command: Command, error: &LedgerError) {
     match command {
         Command::Admit { reply, .. } => tell(reply, error),
         Command::RevokeKey { reply, .. } => tell(reply, error),
+        Command::RevokeIssuer { reply, .. } => tell(reply, error),
+        Command::ResumeBudget { reply, .. } => tell(reply, error),
         Command::Bind { reply, .. } => tell(reply, error),
         Command::LowerClock { reply, .. } => tell(reply, error),
         Command::Resolve { reply, .. }
+        | Command::CreateIssuer { reply, .. }
         | Command::Observe { reply, .. }
         | Command::Refused { reply, .. }
         | Command::Record { reply, .. }
@@ -273,8 +276,17 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
         Command::Resolve { hold_id, call_id, resolve, reply } => {
             answer(reply, tx.resolve(hold_id, call_id, &resolve, boot, now))
         }
-        Command::Observe { object, facts, record, reply } => {
-            answer(reply, tx.observe(&object, &facts, record, now))
+        Command::CreateIssuer { issuer, actor, reply } => {
+            answer(reply, tx.create_issuer(&issuer, &actor, now))
+        }
+        Command::RevokeIssuer { issuer_id, actor, reply } => {
+            answer(reply, tx.revoke_issuer(issuer_id, &actor, now))
+        }
+        Command::ResumeBudget { issuer, name, reason, actor, reply } => {
+            answer(reply, tx.resume_budget(issuer, &name, &reason, &actor, now))
+        }
+        Command::Observe { account, object, facts, record, reply } => {
+            answer(reply, tx.observe(&account, &object, &facts, record, now))
         }
         Command::Refused { key_id, facts, refusal, duration_ms, reply } => {
             answer(reply, tx.refused(key_id, &facts, &refusal, duration_ms, now))

@@ -15,8 +15,9 @@ use crate::call::{
 use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall, Subject};
 use crate::id::{BootId, CallId, HoldId};
 use crate::intent::{Claim, Intent, Verb};
+use crate::issuer::Issuer;
 use crate::key::{Idempotency, Key};
-use crate::ledger::counter::{Contradiction, Counters};
+use crate::ledger::counter::{Contradiction, Counter, Counters};
 use crate::ledger::entry;
 use crate::money::{Currency, MicroUsd, Money};
 use crate::refusal::{CapFigures, CapKind, Code, Refusal};
@@ -59,8 +60,31 @@ pub struct Loaded<'a> {
     pub object_hold: Option<&'a Hold>,
     /// The key that pays for that hold.
     pub owner: Option<&'a Key>,
-    /// The counters of key and owner: all days together, today, and the day of the object's hold; both lanes.
+    /// Who minted the key, when not the admin.
+    pub issuer: Option<&'a Issuer>,
+    /// Who minted the owner, when not the admin.
+    pub owner_issuer: Option<&'a Issuer>,
+    /// Whether the key's budget is stopped.
+    pub budget_stopped: bool,
+    /// The counters of the subjects of key and owner ([`subjects_of`]) on the days of [`days_of`]; both lanes.
     pub counters: &'a Counters,
+}
+
+/// Whose counters carry what a key spends.
+pub fn subjects_of(key: &Key) -> Vec<Subject> {
+    let issuer = key.issuer.map(Subject::Issuer);
+    let budget = key.budget_id().map(Subject::Budget);
+    [Some(Subject::Key(key.id)), issuer, budget].into_iter().flatten().collect()
+}
+
+/// The days whose counters decide whether a key may spend more: all together, today, the days of its life when it
+/// lives a day or less, and the day of the hold that would be raised.
+pub fn days_of(key: &Key, object_hold: Option<&Hold>, now: UnixMs) -> Vec<Day> {
+    let mut days = vec![Day::TOTAL, now.day(), key.created_at.day()];
+    days.extend(object_hold.map(|hold| hold.day));
+    days.sort_unstable();
+    days.dedup();
+    days
 }
 
 /// Rows that must be written together.
@@ -102,9 +126,13 @@ pub fn admit(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Verdict {
 
 fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Refusal> {
     state.key.alive(now)?;
+    if state.issuer.is_some_and(|issuer| issuer.revoked_at.is_some()) {
+        return Err(issuer_revoked());
+    }
     if state.kill_switch {
         return Err(kill_switch());
     }
+    object_keeps_constraints(state, &command.intent)?;
     let attempt = match same_call(state, &command.intent, now)? {
         Same::Replay(call) => return Ok(replay(state, command, call, now)),
         Same::Resend(call, hold) => return resend(state, command, call, hold, now),
@@ -112,9 +140,43 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
         Same::Again(call, n) => NewAttempt { call: Some(call), n },
     };
     let reserve = price(state, &command.intent)?;
+    if state.budget_stopped {
+        return Err(budget_stopped(state.key));
+    }
     fits(state, &reserve, now)?;
     // From here it succeeds.
     Ok(send(state, command, &attempt, &reserve, now))
+}
+
+/// The refusal of a key whose issuer was revoked: it may not outlive it.
+pub fn issuer_revoked() -> Refusal {
+    Refusal::new(Code::VaultKeyRevoked, "The issuer key that minted this vault key was revoked.")
+}
+
+fn budget_stopped(key: &Key) -> Refusal {
+    let name = key.budget.as_deref().unwrap_or_default();
+    Refusal::new(
+        Code::BudgetStopped,
+        format!("The budget '{name}' was stopped by a cap refusal; an operator has to resume it."),
+    )
+}
+
+/// Constraints that the request left open are kept by the object's own fields, or refuse the call.
+fn object_keeps_constraints(state: &Loaded<'_>, intent: &Intent) -> Result<(), Refusal> {
+    for constraint in &intent.open_constraints {
+        let value = state.object_hold.and_then(|hold| hold.own_field(&constraint.param));
+        if !value.is_some_and(|value| constraint.rule.admits(&value)) {
+            return Err(Refusal::of_param(
+                Code::ParameterNotAllowed,
+                constraint.param.as_str(),
+                format!(
+                    "'{}' is constrained by this key, and neither the call nor its object keeps that.",
+                    constraint.param
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The refusal while everything is stopped.
@@ -374,55 +436,105 @@ pub fn one_call_fits(key: &Key, usd: MicroUsd) -> Result<(), Refusal> {
     }
 }
 
+/// One limit, and the counter that it is checked against.
+struct Limit {
+    cap: CapKind,
+    limit: MicroUsd,
+    counter: Counter,
+    resets_at: Option<UnixMs>,
+}
+
 fn fits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Result<(), Refusal> {
-    let key = reserve.payer;
-    let subject = Subject::Key(key.id);
-    let whole_life = key.lives_a_day_or_less();
-    let day = reserve.on.map_or(now.day(), |hold| hold.day);
-    let window = if whole_life { Day::TOTAL } else { day };
-    // A hold of an earlier day stays counted on that day, which does not come again.
-    let resets_at = (!whole_life && day == now.day()).then(|| day.end());
-    // A key that may spend and has no figure was not meant to: only `uncapped` lifts a cap.
-    let limit_of = |cap: Option<MicroUsd>| if key.caps.uncapped { cap } else { cap.or(Some(MicroUsd::ZERO)) };
-    let limits = match reserve.lane {
-        Lane::In => vec![
-            (CapKind::Daily, limit_of(key.caps.daily), window, resets_at),
-            (CapKind::Total, key.caps.total, Day::TOTAL, None),
-        ],
-        Lane::Out => vec![(CapKind::DailyOut, limit_of(key.caps.daily_out), window, resets_at)],
-    };
-    let tightest = limits
+    let tightest = limits(state, reserve, now)
         .into_iter()
-        .filter_map(|(cap, limit, day, resets_at)| {
-            let limit = limit?;
-            let counter = state.counters.of(subject, day, reserve.lane);
-            let room = limit.saturating_sub(counter.counted());
-            let over = reserve.more > room || counter.counted() > limit;
-            let figures = CapFigures {
-                cap,
-                limit,
-                spent: counter.spent,
-                held: counter.held_and_doubt(),
-                requested: reserve.more,
-                resets_at,
-            };
-            (over && reserve.more > MicroUsd::ZERO).then_some((room, figures))
+        .filter(|limit| {
+            let room = limit.limit.saturating_sub(limit.counter.counted());
+            reserve.more > MicroUsd::ZERO && (reserve.more > room || limit.counter.counted() > limit.limit)
         })
-        .min_by_key(|(room, _)| *room);
-    if let Some((_, figures)) = tightest {
-        return Err(Refusal::over_cap(figures));
+        .min_by_key(|limit| limit.limit.saturating_sub(limit.counter.counted()));
+    if let Some(Limit { cap, limit, counter, resets_at }) = tightest {
+        return Err(Refusal::over_cap(CapFigures {
+            cap,
+            limit,
+            spent: counter.spent,
+            held: counter.held_and_doubt(),
+            requested: reserve.more,
+            resets_at,
+        }));
     }
     calls_fit(state, reserve)
+}
+
+/// Every limit that binds the payer in the lane of the call: its own, checked against its budget's counters where it
+/// has one, and its issuer's over all keys.
+fn limits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Vec<Limit> {
+    let key = reserve.payer;
+    let own = spender(key);
+    let lane = reserve.lane;
+    let day = reserve.on.map_or(now.day(), |hold| hold.day);
+    let whole_life = key.lives_a_day_or_less();
+    // A hold of an earlier day stays counted on that day, which does not come again.
+    let day_ends = (day == now.day()).then(|| day.end());
+    let total = |subject| state.counters.of(subject, Day::TOTAL, lane);
+    let of_day = |subject| state.counters.of(subject, day, lane);
+    let window = match (whole_life, own) {
+        (false, _) => of_day(own),
+        (true, Subject::Budget(_)) => since(state.counters, own, key.created_at.day(), now.day(), lane),
+        (true, Subject::Key(_) | Subject::Issuer(_)) => total(own),
+    };
+    let resets_at = if whole_life { None } else { day_ends };
+    let name = |kind| if key.budget.is_some() { CapKind::Budget } else { kind };
+    // A key that may spend and has no figure was not meant to: only `uncapped` lifts a cap.
+    let limit_of = |cap: Option<MicroUsd>| if key.caps.uncapped { cap } else { cap.or(Some(MicroUsd::ZERO)) };
+    let issuer = if reserve.payer.id == state.key.id { state.issuer } else { state.owner_issuer };
+    let of_issuer = issuer.map(|issuer| Subject::Issuer(issuer.id));
+    let mut limits = Vec::new();
+    let mut bind = |cap, limit: Option<MicroUsd>, counter, resets_at| {
+        limits.extend(limit.map(|limit| Limit { cap, limit, counter, resets_at }));
+    };
+    match lane {
+        Lane::In => {
+            bind(name(CapKind::Daily), limit_of(key.caps.daily), window, resets_at);
+            bind(name(CapKind::Total), key.caps.total, total(own), None);
+        }
+        Lane::Out => bind(name(CapKind::DailyOut), limit_of(key.caps.daily_out), window, resets_at),
+    }
+    if let (Some(issuer), Some(subject)) = (issuer, of_issuer) {
+        let daily = match lane {
+            Lane::In => issuer.daily,
+            // An issuer that says nothing of money out mints nothing that spends any.
+            Lane::Out => issuer.daily_out.or(Some(MicroUsd::ZERO)),
+        };
+        bind(CapKind::Issuer, daily, of_day(subject), day_ends);
+        if lane == Lane::In {
+            bind(CapKind::Issuer, issuer.total, total(subject), None);
+        }
+    }
+    limits
+}
+
+/// Whose counters a key's own caps are checked against.
+pub fn spender(key: &Key) -> Subject {
+    key.budget_id().map_or(Subject::Key(key.id), Subject::Budget)
+}
+
+/// What was counted from one day to another, both included and not far apart.
+fn since(counters: &Counters, subject: Subject, from: Day, to: Day, lane: Lane) -> Counter {
+    let first = counters.of(subject, from, lane);
+    if from >= to {
+        return first;
+    }
+    first.and(&counters.of(subject, to, lane))
 }
 
 fn calls_fit(state: &Loaded<'_>, reserve: &Reserve<'_>) -> Result<(), Refusal> {
     let (Some(max), None) = (reserve.payer.caps.max_calls, reserve.on) else { return Ok(()) };
     let made: u64 = [Lane::In, Lane::Out]
-        .map(|lane| state.counters.of(Subject::Key(reserve.payer.id), Day::TOTAL, lane).calls)
+        .map(|lane| state.counters.of(spender(reserve.payer), Day::TOTAL, lane).calls)
         .iter()
         .fold(0, |sum, calls| sum.saturating_add(*calls));
     if made >= max {
-        let message = format!("This key may make {max} money calls, and has made {made}.");
+        let message = format!("This key may make {max} money calls, and {made} have been made.");
         return Err(Refusal::new(Code::CallLimitExceeded, message));
     }
     Ok(())
@@ -568,7 +680,7 @@ fn held(
         state: HoldState::Sending { boot: command.boot },
         lane: reserve.lane,
         day: reserve.on.map_or(now.day(), |hold| hold.day),
-        subjects: vec![Subject::Key(reserve.payer.id)],
+        subjects: reserve.on.map_or_else(|| subjects_of(reserve.payer), |hold| hold.subjects.clone()),
         currency: reserve.currency,
         minor: reserve.minor,
         usd: reserve.usd,
@@ -579,6 +691,10 @@ fn held(
         live: Some(live),
         calls,
         aliases: of_object.map(|hold| hold.aliases.clone()).unwrap_or_default(),
+        account: command.intent.request.account.clone().unwrap_or_default(),
+        customer: of_object
+            .and_then(|hold| hold.customer.clone())
+            .or_else(|| command.intent.facts.customer.clone()),
     }
 }
 

@@ -6,3 +6,4 @@ mod standin;
 mod support;
 
 mod first;
+mod grants;

@@ -7,21 +7,22 @@ use serde_json::{Map, Value};
 
 use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
 use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
-use crate::hold::{Facts, Hold, HoldState, Lane, Subject};
-use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
+use crate::hold::{Facts, Hold, HoldState, Lane};
+use crate::id::{BootId, BudgetId, CallId, HoldId, Identity, IssuerId, KeyId, LedgerId};
 use crate::intent::Claim;
+use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
 use crate::ledger::row::{
-    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS,
-    KEY_DIGESTS, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS,
-    RefusalRow, meta,
+    self, ANSWERS, AUDIT, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD,
+    DUE_KEY, HOLDS, ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META,
+    OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict};
 use crate::ledger::{Actor, LedgerError, Opening, entry};
-use crate::refusal::Refusal;
-use crate::time::{DAY_MS, Day, UnixMs};
+use crate::refusal::{Code, Refusal};
+use crate::time::{DAY_MS, UnixMs};
 
 /// One minute, the window in which equal refusals are counted together.
 pub(super) const MINUTE_MS: u64 = 60_000;
@@ -236,6 +237,98 @@ impl<'t> Tx<'t> {
         Ok(key)
     }
 
+    fn issuer(&self, id: IssuerId) -> Result<Option<Issuer>, LedgerError> {
+        let table = self.txn.open_table(ISSUERS)?;
+        let found = table.get(id.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// The issuer that minted a key. One that is gone is a contradiction: its limits would be gone with it.
+    fn issuer_of(&self, key: &Key) -> Result<Option<Issuer>, LedgerError> {
+        let Some(id) = key.issuer else { return Ok(None) };
+        let issuer = self.issuer(id)?;
+        Ok(Some(issuer.ok_or(LedgerError::Contradiction("a key has no issuer"))?))
+    }
+
+    pub(super) fn create_issuer(
+        &mut self,
+        issuer: &Issuer,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
+        self.put_issuer(issuer)?;
+        self.txn.open_table(KEY_DIGESTS)?.insert(&issuer.digest, (KEY_KIND_ISSUER, issuer.id.as_bytes()))?;
+        self.append(&entry::of_issuer(now, Event::IssuerCreated, &actor.0, issuer))
+    }
+
+    pub(super) fn revoke_issuer(
+        &mut self,
+        id: IssuerId,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<Issuer, LedgerError> {
+        let mut issuer = self.issuer(id)?.ok_or(LedgerError::NotFound)?;
+        if issuer.revoked_at.is_none() {
+            issuer.revoked_at = Some(now);
+            self.put_issuer(&issuer)?;
+            self.append(&entry::of_issuer(now, Event::IssuerRevoked, &actor.0, &issuer))?;
+        }
+        Ok(issuer)
+    }
+
+    fn put_issuer(&mut self, issuer: &Issuer) -> Result<(), LedgerError> {
+        self.wrote = true;
+        self.txn.open_table(ISSUERS)?.insert(issuer.id.as_bytes(), row::encode(issuer).as_slice())?;
+        Ok(())
+    }
+
+    // --- budgets
+
+    fn is_stopped(&self, key: &Key) -> Result<bool, LedgerError> {
+        let Some(budget) = key.budget_id() else { return Ok(false) };
+        Ok(self.txn.open_table(BUDGETS)?.get(budget.as_bytes())?.is_some())
+    }
+
+    /// The first cap refusal under a budget whose keys want it so stops them all.
+    fn stop_budget(&mut self, key: &Key, refusal: &Refusal, now: UnixMs) -> Result<(), LedgerError> {
+        let by_cap = matches!(refusal.code, Code::SpendCapExceeded | Code::CallLimitExceeded);
+        let (true, true, Some(name), Some(budget)) =
+            (by_cap, key.stop_budget_on_refusal, key.budget.clone(), key.budget_id())
+        else {
+            return Ok(());
+        };
+        if self.is_stopped(key)? {
+            return Ok(());
+        }
+        let row = BudgetRow { since: now, name: name.clone(), code: refusal.code.as_str().to_owned() };
+        self.wrote = true;
+        self.txn.open_table(BUDGETS)?.insert(budget.as_bytes(), row::encode(&row).as_slice())?;
+        let mut detail = Map::new();
+        detail.insert("budget".to_owned(), Value::from(name));
+        detail.insert("code".to_owned(), Value::from(refusal.code.as_str()));
+        self.append(&entry::of_admin(now, Event::BudgetStopped, "keybrake", Some(key), detail))
+    }
+
+    pub(super) fn resume_budget(
+        &mut self,
+        issuer: Option<IssuerId>,
+        name: &str,
+        reason: &str,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<bool, LedgerError> {
+        let budget = BudgetId::of(issuer, name);
+        let was_stopped = self.txn.open_table(BUDGETS)?.remove(budget.as_bytes())?.is_some();
+        self.wrote = true;
+        if was_stopped {
+            let mut detail = Map::new();
+            detail.insert("budget".to_owned(), Value::from(name));
+            detail.insert("reason".to_owned(), Value::from(reason));
+            self.append(&entry::of_admin(now, Event::BudgetResumed, &actor.0, None, detail))?;
+        }
+        Ok(was_stopped)
+    }
+
     // --- calls, holds, objects, counters
 
     fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
@@ -304,10 +397,10 @@ impl<'t> Tx<'t> {
         Ok(None)
     }
 
-    fn hold_of_object(&self, object: &str) -> Result<Option<Hold>, LedgerError> {
+    fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
         let id = {
             let table = self.txn.open_table(OBJECTS)?;
-            table.get(("", object))?.map(|id| HoldId::from_bytes(*id.value()))
+            table.get((account, object))?.map(|id| HoldId::from_bytes(*id.value()))
         };
         id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
@@ -344,19 +437,25 @@ impl<'t> Tx<'t> {
         let call_hold = call.as_ref().map(|call| self.hold(call.hold_id)).transpose()?.flatten();
         let answer_kept = call.as_ref().map(|call| self.has_answer(call.id)).transpose()?.unwrap_or(false);
         let object_hold = match &admit.intent.claim {
-            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => self.hold_of_object(object)?,
+            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => {
+                let account = admit.intent.request.account.as_deref().unwrap_or_default();
+                self.hold_of_object(account, object)?
+            }
             Claim::Create { .. } | Claim::Unpriced => None,
         };
         let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
         let mut counters = Counters::default();
         for payer in [Some(&key), owner.as_ref()].into_iter().flatten() {
-            let days = [Some(Day::TOTAL), Some(now.day()), object_hold.as_ref().map(|hold| hold.day)];
-            for day in days.into_iter().flatten() {
-                for lane in [Lane::In, Lane::Out] {
-                    self.load_counter(&mut counters, (Subject::Key(payer.id), day, lane))?;
+            for day in rules::days_of(payer, object_hold.as_ref(), now) {
+                for subject in rules::subjects_of(payer) {
+                    for lane in [Lane::In, Lane::Out] {
+                        self.load_counter(&mut counters, (subject, day, lane))?;
+                    }
                 }
             }
         }
+        let issuer = self.issuer_of(&key)?;
+        let owner_issuer = owner.as_ref().map(|owner| self.issuer_of(owner)).transpose()?.flatten();
         let loaded = Loaded {
             key: &key,
             kill_switch,
@@ -366,6 +465,9 @@ impl<'t> Tx<'t> {
             answer_kept,
             object_hold: object_hold.as_ref(),
             owner: owner.as_ref(),
+            issuer: issuer.as_ref(),
+            owner_issuer: owner_issuer.as_ref(),
+            budget_stopped: self.is_stopped(&key)?,
             counters: &counters,
         };
         let verdict = rules::admit(&loaded, admit, now);
@@ -400,13 +502,14 @@ impl<'t> Tx<'t> {
 
     pub(super) fn observe(
         &mut self,
+        account: &str,
         object: &str,
         facts: &Facts,
         record: Record,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
         // A hold that ended may be older than its key's row, and has nothing left to end.
-        let Some(hold) = self.hold_of_object(object)?.filter(|hold| hold.state.is_live()) else {
+        let Some(hold) = self.hold_of_object(account, object)?.filter(|hold| hold.state.is_live()) else {
             return Ok(());
         };
         let owner = self.key(hold.key_id)?.ok_or(LedgerError::Contradiction("a hold has no key"))?;
@@ -443,7 +546,8 @@ impl<'t> Tx<'t> {
         if let Some((was, is)) = &effects.hold {
             self.put_hold(was.as_ref(), is, now)?;
             for object in &effects.objects {
-                self.txn.open_table(OBJECTS)?.insert(("", object.as_str()), is.id.as_bytes())?;
+                let place = (is.account.as_str(), object.as_str());
+                self.txn.open_table(OBJECTS)?.insert(place, is.id.as_bytes())?;
             }
         }
         if let Some((call, answer)) = &effects.answer {
@@ -518,7 +622,7 @@ impl<'t> Tx<'t> {
         };
         self.wrote = true;
         self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
-        Ok(())
+        self.stop_budget(key, refusal, now)
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
@@ -574,6 +678,7 @@ fn policy_detail(key: &Key) -> Map<String, Value> {
     let grants: Vec<Value> = key.grants.iter().map(|grant| Value::from(grant.written.as_str())).collect();
     [
         ("allowed_endpoints", Value::from(grants)),
+        ("budget", key.budget.clone().map_or(Value::Null, Value::from)),
         ("daily_usd_cap", usd(key.caps.daily)),
         ("total_usd_cap", usd(key.caps.total)),
         ("max_usd_per_request", usd(key.caps.per_request)),

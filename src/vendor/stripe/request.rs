@@ -9,7 +9,7 @@ use crate::money::{Currency, Money, parse_amount};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::catalogue::Operation;
 use crate::vendor::stripe::form::{self, Params};
-use crate::vendor::stripe::rules::Priced;
+use crate::vendor::stripe::rules::{self, Priced};
 use crate::vendor::stripe::{METADATA_KEYS_MAX, STAMP_PARAM, VERSION_MAX, VERSION_MIN};
 
 /// The longest idempotency key, in bytes, as at Stripe.
@@ -30,6 +30,8 @@ pub struct Reading<'a> {
     pub caller_key: Option<String>,
     /// `Stripe-Version`.
     pub version: Option<String>,
+    /// `Stripe-Account`.
+    pub account: Option<String>,
     /// Our id for the request.
     pub request_id: &'a str,
 }
@@ -185,11 +187,13 @@ pub fn intent(
         Some(priced) => claim(priced, reading)?,
         None => Claim::Unpriced,
     };
+    let account = reading.account.as_deref().unwrap_or_default();
+    let open_constraints = rules::keep_constraints(params, key, rules::Effect::of(priced))?;
     let (identity, basis) = identity(reading, priced, key, around)?;
     let compared: Vec<_> =
         params.pairs().iter().filter(|(name, _)| form::base(name) != "expand").cloned().collect();
     let (fingerprint, digests) =
-        call::fingerprint(around.salt, reading.operation.template, &reading.path, "", &compared);
+        call::fingerprint(around.salt, reading.operation.template, &reading.path, account, &compared);
     let metadata = params.pairs().iter().filter(|(name, _)| form::base(name) == "metadata").count();
     let takes_stamp =
         matches!(priced, Some(Priced::ChargeCreate | Priced::IntentCreate | Priced::RefundCreate));
@@ -212,12 +216,13 @@ pub fn intent(
             path: reading.path.clone(),
             params: params.pairs().to_vec(),
             version: reading.version.clone(),
-            account: None,
+            account: reading.account.clone(),
             idempotency_key: None,
         },
         stamp_param: stamped.then(|| STAMP_PARAM.to_owned()),
         facts,
         estate: around.estate.clone(),
+        open_constraints,
     })
 }
 
@@ -315,7 +320,13 @@ fn identity(
         })?;
         values.push((field, value));
     }
-    let identity = call::identity_of_content(around.estate, reading.operation.template, "", scope, &values);
+    let identity = call::identity_of_content(
+        around.estate,
+        reading.operation.template,
+        reading.account.as_deref().unwrap_or_default(),
+        scope,
+        &values,
+    );
     Ok((identity, KeyBasis::Content))
 }
 
