@@ -17,6 +17,8 @@ use crate::vendor::stripe::answer::{self, Answer};
 
 /// How long one question to Stripe may take.
 const ASK_TIMEOUT_MS: u64 = 10_000;
+/// How often a refused key is tried again.
+const KEY_LOOK_MS: u64 = 15_000;
 /// Waits between two questions: doubled from the first to the last.
 const ASK_AGAIN_MS: (u64, u64) = (1_000, 60_000);
 
@@ -158,6 +160,18 @@ pub async fn settle(
     }
 }
 
+/// Asks again while Stripe turns the key away, so that a mended key makes the sidecar ready without any traffic.
+pub async fn watch_key(state: &AccountState, forwarder: &Forwarder) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(KEY_LOOK_MS)).await;
+        if state.key_refused()
+            && let Err(why) = ask(state, forwarder).await
+        {
+            tracing::warn!(%why, "Stripe still refuses this sidecar's key");
+        }
+    }
+}
+
 /// Asks until the account is settled. Returns only when it belongs elsewhere.
 pub async fn settle_patiently(
     state: &AccountState,
@@ -196,7 +210,11 @@ async fn ask(state: &AccountState, forwarder: &Forwarder) -> Result<Option<Strin
             state.set_key_refused(false);
             id.map(|id| Some(id.to_owned())).ok_or_else(|| "Stripe's account has no readable id".to_owned())
         }
-        403 => Ok(None),
+        // The key itself was taken; it only may not read its account.
+        403 => {
+            state.set_key_refused(false);
+            Ok(None)
+        }
         _ if answer::refuses_own_key(told) => {
             state.set_key_refused(true);
             Err("Stripe refuses this sidecar's key".to_owned())

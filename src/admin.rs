@@ -24,8 +24,10 @@ use crate::admin::fields::{Fields, invalid};
 use crate::admin::mint::Birth;
 use crate::admin::query::Asked;
 use crate::clock::ClockWatch;
-use crate::id::{CallId, HoldId, KeyId, RequestId};
+use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, RequestId};
+use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::rules::issuer_revoked;
 use crate::ledger::{Actor, Ledger, LedgerError};
 use crate::proxy::read::credential;
 use crate::proxy::reply::Reply;
@@ -78,6 +80,7 @@ type Shared = State<Arc<Admin>>;
 /// Who may ask for records, and of which label.
 enum Reader {
     Admin,
+    Issuer(Box<Issuer>),
     VaultKey(Box<Key>),
 }
 
@@ -113,23 +116,48 @@ impl Admin {
             return Ok(Reader::Admin);
         }
         drop(admin);
-        let secret =
-            KeySecret::parse(&sent).filter(|secret| secret.kind() == KeyKind::Vault).ok_or_else(unknown)?;
-        let key =
-            self.ledger.redb().key_by_digest(&secret.digest().0).map_err(|error| self.failed(&error))?;
-        let key = key.ok_or_else(unknown)?;
-        key.alive(self.ledger.now()).map_err(|refusal| self.refuse(refusal))?;
-        Ok(Reader::VaultKey(Box::new(key)))
+        let secret = KeySecret::parse(&sent).ok_or_else(unknown)?;
+        let (digest, now) = (secret.digest().0, self.ledger.now());
+        let dead = |refusal| self.refuse(refusal);
+        match secret.kind() {
+            KeyKind::Issuer => {
+                let issuer = self.ok(self.ledger.redb().issuer_by_digest(&digest))?.ok_or_else(unknown)?;
+                issuer.alive(now).map_err(dead)?;
+                Ok(Reader::Issuer(Box::new(issuer)))
+            }
+            KeyKind::Vault => {
+                let key = self.ok(self.ledger.redb().key_by_digest(&digest))?.ok_or_else(unknown)?;
+                key.alive(now).map_err(dead)?;
+                let issuer = key.issuer.map(|id| self.ledger.redb().issuer(id)).transpose();
+                if self.ok(issuer)?.flatten().is_some_and(|issuer| issuer.revoked_at.is_some()) {
+                    return Err(dead(issuer_revoked()));
+                }
+                Ok(Reader::VaultKey(Box::new(key)))
+            }
+        }
     }
 
     fn admin(&self, headers: &HeaderMap) -> Result<Actor, Refused> {
         match self.reader(headers)? {
             Reader::Admin => Ok(Actor("admin".to_owned())),
-            Reader::VaultKey(_) => Err(self.refuse(Refusal::new(
-                Code::AdminKeyRequired,
-                "This needs the admin key; a vault key was sent.",
-            ))),
+            Reader::Issuer(_) | Reader::VaultKey(_) => Err(self.needs_admin()),
         }
+    }
+
+    /// The admin key, or an issuer key for what it minted itself.
+    fn minter(&self, headers: &HeaderMap) -> Result<(Actor, Option<Issuer>), Refused> {
+        match self.reader(headers)? {
+            Reader::Admin => Ok((Actor("admin".to_owned()), None)),
+            Reader::Issuer(issuer) => Ok((Actor(issuer.id.to_string()), Some(*issuer))),
+            Reader::VaultKey(_) => Err(self.needs_admin()),
+        }
+    }
+
+    fn needs_admin(&self) -> Refused {
+        self.refuse(Refusal::new(
+            Code::AdminKeyRequired,
+            "This needs the admin key; a key of a lower kind was sent.",
+        ))
     }
 
     fn ok<T>(&self, result: Result<T, LedgerError>) -> Result<T, Refused> {
@@ -146,6 +174,10 @@ pub fn router(admin: Arc<Admin>) -> Router {
     Router::new()
         .route("/admin/vault_keys", post(issue_key).get(list_keys))
         .route("/admin/vault_keys/{id}", get(show_key).merge(delete(revoke_key)))
+        .route("/admin/issuers", post(create_issuer).get(list_issuers))
+        .route("/admin/issuers/{id}", get(show_issuer).merge(delete(revoke_issuer)))
+        .route("/admin/budgets/{owner}/{name}", get(show_budget))
+        .route("/admin/budgets/{owner}/{name}/resume", post(resume_budget))
         .route("/admin/kill_switch", post(set_kill_switch).get(show_kill_switch))
         .route("/admin/clock", post(lower_clock))
         .route("/admin/holds", get(list_holds))
@@ -192,7 +224,7 @@ async fn unknown_method(State(admin): Shared) -> Refused {
 // --- keys
 
 async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let (actor, issuer) = admin.minter(&headers)?;
     let now = admin.ledger.now();
     let secret = KeySecret::new(KeyKind::Vault, admin.account.mode(), random::bytes());
     let birth = Birth {
@@ -201,7 +233,11 @@ async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Ans
         now,
         remember_days: admin.remember_days,
     };
-    let key = admin.checked(mint::key_of(&body, birth))?;
+    let mut key = admin.checked(mint::key_of(&body, birth))?;
+    if let Some(issuer) = issuer {
+        key = issuer.filled_in(key);
+        admin.checked(issuer.may_mint(&key))?;
+    }
     let mut answer = serde_json::Map::new();
     answer.insert("id".to_owned(), Value::from(key.id.to_string()));
     answer.insert("vault_key".to_owned(), Value::from(secret.expose()));
@@ -215,12 +251,15 @@ async fn list_keys(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    admin.admin(&headers)?;
+    let (_, issuer) = admin.minter(&headers)?;
     let now = admin.ledger.now();
     let mut asked = admin.checked(Asked::read(query))?;
-    let filter = admin.checked(asked.keys())?;
+    let mut filter = admin.checked(asked.keys())?;
     let (after, limit) = admin.checked(asked.page(KeyId::parse))?;
     admin.checked(asked.finish())?;
+    if let Some(issuer) = issuer {
+        filter.issuer = Some(issuer.id);
+    }
     let page = admin.ok(admin.ledger.redb().keys(&filter, after, limit, now))?;
     let data: Vec<Value> = page.items.iter().map(|key| Value::Object(mint::policy(key, now))).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
@@ -242,8 +281,13 @@ fn with_spend(admin: &Admin, key: &Key) -> Answer {
 }
 
 async fn revoke_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let (actor, issuer) = admin.minter(&headers)?;
     let id = KeyId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    if let Some(issuer) = issuer {
+        // Another's key is not told apart from one that does not exist.
+        let key = admin.ok(admin.ledger.redb().key(id))?;
+        key.filter(|key| key.issuer == Some(issuer.id)).ok_or_else(|| admin.refuse(not_found()))?;
+    }
     let key = admin.ok(admin.ledger.revoke_key(id, actor).await)?;
     Ok(json_answer(StatusCode::OK, &Value::Object(mint::policy(&key, admin.ledger.now()))))
 }
@@ -251,11 +295,108 @@ async fn revoke_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<Str
 async fn own_key(State(admin): Shared, headers: HeaderMap) -> Answer {
     match admin.reader(&headers)? {
         Reader::VaultKey(key) => with_spend(&admin, &key),
-        Reader::Admin => {
+        Reader::Admin | Reader::Issuer(_) => {
             Err(admin
                 .refuse(Refusal::new(Code::VaultKeyInvalid, "Send a vault key: this path tells of itself.")))
         }
     }
+}
+
+// --- issuers and budgets
+
+async fn create_issuer(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let now = admin.ledger.now();
+    let secret = KeySecret::new(KeyKind::Issuer, admin.account.mode(), random::bytes());
+    let id = IssuerId::new(now, random::bytes());
+    let issuer = admin.checked(mint::issuer_of(&body, id, secret.digest(), now))?;
+    let mut answer = serde_json::Map::new();
+    answer.insert("id".to_owned(), Value::from(id.to_string()));
+    answer.insert("issuer_key".to_owned(), Value::from(secret.expose()));
+    answer.extend(show::issuer(&issuer, now));
+    admin.ok(admin.ledger.create_issuer(issuer, actor).await)?;
+    Ok(json_answer(StatusCode::CREATED, &Value::Object(answer)))
+}
+
+async fn list_issuers(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Answer {
+    admin.admin(&headers)?;
+    let now = admin.ledger.now();
+    let mut asked = admin.checked(Asked::read(query))?;
+    let (after, limit) = admin.checked(asked.page(IssuerId::parse))?;
+    admin.checked(asked.finish())?;
+    let page = admin.ok(admin.ledger.redb().issuers(after, limit))?;
+    let data: Vec<Value> = page.items.iter().map(|issuer| Value::Object(show::issuer(issuer, now))).collect();
+    Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
+}
+
+async fn show_issuer(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    admin.admin(&headers)?;
+    let id = IssuerId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let issuer = admin.ok(admin.ledger.redb().issuer(id))?.ok_or_else(|| admin.refuse(not_found()))?;
+    let mut answer = show::issuer(&issuer, admin.ledger.now());
+    answer.insert("spend".to_owned(), admin.ok(show::issuer_spend(&admin.ledger, &issuer))?);
+    Ok(json_answer(StatusCode::OK, &Value::Object(answer)))
+}
+
+async fn revoke_issuer(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let id = IssuerId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let issuer = admin.ok(admin.ledger.revoke_issuer(id, actor).await)?;
+    Ok(json_answer(StatusCode::OK, &Value::Object(show::issuer(&issuer, admin.ledger.now()))))
+}
+
+/// Whose budget a path means: an issuer's, or the admin key's.
+fn budget_owner(admin: &Admin, owner: &str) -> Result<Option<IssuerId>, Refused> {
+    match owner {
+        "admin" => Ok(None),
+        id => IssuerId::parse(id).map(Some).ok_or_else(|| admin.refuse(not_found())),
+    }
+}
+
+async fn show_budget(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Path((owner, name)): Path<(String, String)>,
+) -> Answer {
+    admin.admin(&headers)?;
+    let issuer = budget_owner(&admin, &owner)?;
+    budget(&admin, &owner, issuer, &name)
+}
+
+async fn resume_budget(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Path((owner, name)): Path<(String, String)>,
+    body: Bytes,
+) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let issuer = budget_owner(&admin, &owner)?;
+    let mut fields = admin.checked(Fields::parse(&body))?;
+    let reason = admin.checked(reason(&mut fields))?;
+    admin.checked(fields.finish(&[]))?;
+    admin.ok(admin.ledger.resume_budget(issuer, name.clone(), reason, actor).await)?;
+    budget(&admin, &owner, issuer, &name)
+}
+
+fn budget(admin: &Admin, owner: &str, issuer: Option<IssuerId>, name: &str) -> Answer {
+    let id = BudgetId::of(issuer, name);
+    let stopped = admin.ok(admin.ledger.redb().stopped_budget(id))?;
+    let spend = admin.ok(show::budget_spend(&admin.ledger, id))?;
+    Ok(json_answer(
+        StatusCode::OK,
+        &json!({
+            "owner": owner,
+            "name": name,
+            "stopped": stopped.is_some(),
+            "stopped_at": stopped.as_ref().map(|row| row.since.to_string()),
+            "stopped_by": stopped.as_ref().map(|row| row.code.as_str()),
+            "spend": spend,
+        }),
+    ))
 }
 
 // --- operator
@@ -362,8 +503,10 @@ async fn list_records(
     let mut filter = admin.checked(asked.records())?;
     let (after, limit) = admin.checked(asked.page(|text| text.parse().ok()))?;
     admin.checked(asked.finish())?;
-    if let Reader::VaultKey(key) = reader {
-        filter.equal.push(("label", key.label));
+    match reader {
+        Reader::Admin => {}
+        Reader::Issuer(issuer) => filter.label_prefix = Some(issuer.label_prefix),
+        Reader::VaultKey(key) => filter.equal.push(("label", key.label)),
     }
     // What was answered before this question is in the answer to it.
     admin.ok(admin.ledger.flush().await)?;

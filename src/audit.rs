@@ -140,7 +140,7 @@ pub struct Entry {
     /// How many equal events this one record stands for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u64>,
-    /// Remarks: `over_hold`, `restart`, `resend`, `unstamped`.
+    /// Remarks: `over_hold`, `restart`, `resend`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flags: Option<Vec<String>>,
     /// Who did it, for admin events.
@@ -180,6 +180,14 @@ pub enum Event {
     KeyIssued,
     /// A vault key was revoked.
     KeyRevoked,
+    /// An issuer key was made.
+    IssuerCreated,
+    /// An issuer key was revoked.
+    IssuerRevoked,
+    /// A cap refusal stopped a budget.
+    BudgetStopped,
+    /// An operator resumed a budget.
+    BudgetResumed,
     /// The kill switch was turned on or off.
     KillSwitch,
     /// The ledger was bound to a Stripe account.
@@ -200,6 +208,10 @@ impl Event {
             | Self::Forwarded
             | Self::KeyIssued
             | Self::KeyRevoked
+            | Self::IssuerCreated
+            | Self::IssuerRevoked
+            | Self::BudgetStopped
+            | Self::BudgetResumed
             | Self::KillSwitch
             | Self::AccountBound
             | Self::ClockLowered => false,

@@ -3,28 +3,27 @@
 
 pub mod client;
 pub mod doctor;
+mod grants;
+mod log;
 pub mod output;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::Result;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::audit::Verifier;
 use crate::cli::client::Client;
+use crate::cli::grants::{Issuers, Keys, issuers, keys};
+use crate::cli::log::{Audit, audit};
 use crate::cli::output::{complain, fields, line, table};
 use crate::config::{CLIENT_VARIABLES, ClientConfig, ClientFlags, Config, LogFormat, VARIABLES, Variable};
 use crate::serve::{self, Stopped};
 
 /// Exit code for bad usage or configuration.
 const EXIT_USAGE: u8 = 64;
-/// Records that `audit query` shows unless asked otherwise.
-const RECORDS_DEFAULT: usize = 100;
-/// How often `audit tail` looks.
-const TAIL_PAUSE_MS: u64 = 1_000;
 /// How long `health` waits.
 const HEALTH_TIMEOUT_MS: u64 = 2_000;
 
@@ -44,6 +43,13 @@ enum Command {
     Keys {
         #[command(subcommand)]
         command: Keys,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Issuer keys: what a task may mint, within bounds that the script does not choose
+    Issuers {
+        #[command(subcommand)]
+        command: Issuers,
         #[command(flatten)]
         target: Target,
     },
@@ -95,80 +101,6 @@ struct Json {
 }
 
 #[derive(Debug, Subcommand)]
-enum Keys {
-    /// Mint a vault key; its secret is shown once
-    Issue(Box<Issue>),
-    /// List keys, newest first
-    List {
-        /// Only keys with this label
-        #[arg(long)]
-        label: Option<String>,
-        /// Only keys that are active, expired, revoked or closed
-        #[arg(long)]
-        status: Option<String>,
-    },
-    /// Show one key with what it has spent
-    Show {
-        /// vk_id_…
-        id: String,
-    },
-    /// Revoke a key: its very next request is refused
-    Revoke {
-        /// vk_id_…
-        id: String,
-    },
-}
-
-#[derive(Args, Debug)]
-struct Issue {
-    /// What people call it, such as kestra-billing-cus_9
-    #[arg(long)]
-    label: String,
-    /// An operation it may call, such as "POST /v1/charges"; may be repeated
-    #[arg(long = "allow", required = true)]
-    allow: Vec<String>,
-    /// Dollars per UTC day, or for the whole life of a key of 24 hours or less, such as 32.99
-    #[arg(long)]
-    daily_usd_cap: Option<String>,
-    /// Dollars for its whole life
-    #[arg(long)]
-    total_usd_cap: Option<String>,
-    /// Dollars for one call
-    #[arg(long)]
-    max_usd_per_request: Option<String>,
-    /// Dollars of refunds, counted apart
-    #[arg(long)]
-    daily_usd_out_cap: Option<String>,
-    /// Money calls that are spent, held or in doubt
-    #[arg(long)]
-    max_calls: Option<u64>,
-    /// No dollar cap, on purpose
-    #[arg(long)]
-    uncapped: bool,
-    /// Seconds until it expires, at most 2678400 (31 days)
-    #[arg(long)]
-    expires_in: u64,
-    /// What counts as the same call: required, client or content
-    #[arg(long)]
-    idempotency: Option<String>,
-    /// With content: what the calls are about, such as billing:2026-07
-    #[arg(long)]
-    idempotency_scope: Option<String>,
-    /// With content: a parameter that tells calls apart; may be repeated
-    #[arg(long = "idempotency-field")]
-    idempotency_fields: Vec<String>,
-    /// Days that answers are remembered
-    #[arg(long)]
-    remember_days: Option<u32>,
-    /// Let answers keep client_secret
-    #[arg(long)]
-    client_secrets: bool,
-    /// NAME=VALUE, copied into every audit record; may be repeated
-    #[arg(long = "metadata")]
-    metadata: Vec<String>,
-}
-
-#[derive(Debug, Subcommand)]
 enum Holds {
     /// List live holds, newest first
     List {
@@ -204,29 +136,6 @@ enum Calls {
     Show {
         /// call_…
         id: String,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum Audit {
-    /// Show records, newest first: one row for each call, and every refusal and replay
-    Query {
-        /// A filter of GET /audit, such as customer=cus_9, outcome=spent or metadata[flow]=billing; may be repeated
-        filters: Vec<String>,
-        /// Every event instead of one row for each call
-        #[arg(long)]
-        all_events: bool,
-        /// Records at most
-        #[arg(long, default_value_t = RECORDS_DEFAULT)]
-        limit: usize,
-    },
-    /// Print new records as they come, one JSON object a line
-    Tail,
-    /// Check the hash chain of a sidecar, or of a file of exported records: exit 0 whole, 1 broken
-    Verify {
-        /// A file with one record a line, oldest first, as `audit tail` prints them
-        #[arg(long)]
-        file: Option<PathBuf>,
     },
 }
 
@@ -281,6 +190,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Doctor(json) => return doctor::run(json.json).await,
         Command::Health(json) => return health(json).await,
         Command::Keys { command, target } => keys(command, &target).await,
+        Command::Issuers { command, target } => issuers(command, &target).await,
         Command::Holds { command, target } => holds(command, &target).await,
         Command::Calls { command, target } => calls(command, &target).await,
         Command::Audit { command, target } => audit(command, &target).await,
@@ -391,73 +301,6 @@ fn filters(pairs: &[(&str, Option<String>)]) -> Vec<(String, String)> {
     pairs.iter().filter_map(|(name, value)| Some(((*name).to_owned(), value.clone()?))).collect()
 }
 
-async fn keys(command: Keys, target: &Target) -> Result<ExitCode> {
-    let client = client(target)?;
-    match command {
-        Keys::Issue(issue) => {
-            let key = client.post("/admin/vault_keys", &issue_body(*issue)?).await?;
-            show_object(&key, target.json);
-        }
-        Keys::List { label, status } => {
-            let query = filters(&[("label", label), ("status", status)]);
-            let keys = client.list("/admin/vault_keys", &query, usize::MAX).await?;
-            let columns = [
-                ("ID", "/id"),
-                ("LABEL", "/label"),
-                ("STATUS", "/status"),
-                ("DAILY $", "/daily_usd_cap"),
-                ("EXPIRES", "/expires_at"),
-            ];
-            show_list(&keys, &columns, target.json);
-        }
-        Keys::Show { id } => {
-            show_object(&client.get(&format!("/admin/vault_keys/{id}"), &[]).await?, target.json);
-        }
-        Keys::Revoke { id } => {
-            show_object(&client.delete(&format!("/admin/vault_keys/{id}")).await?, target.json);
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn issue_body(issue: Issue) -> Result<Value> {
-    let mut body = Map::new();
-    let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
-    set("label", Value::from(issue.label));
-    set("vendor", Value::from("stripe"));
-    set("allowed_endpoints", json!(issue.allow));
-    set("daily_usd_cap", issue.daily_usd_cap.map_or(Value::Null, Value::from));
-    set("expires_in_seconds", Value::from(issue.expires_in));
-    let optional = [
-        ("total_usd_cap", issue.total_usd_cap.map(Value::from)),
-        ("max_usd_per_request", issue.max_usd_per_request.map(Value::from)),
-        ("daily_usd_out_cap", issue.daily_usd_out_cap.map(Value::from)),
-        ("max_calls", issue.max_calls.map(Value::from)),
-        ("uncapped", issue.uncapped.then_some(Value::Bool(true))),
-        ("idempotency", issue.idempotency.map(Value::from)),
-        ("idempotency_scope", issue.idempotency_scope.map(Value::from)),
-        ("remember_days", issue.remember_days.map(Value::from)),
-        ("client_secrets", issue.client_secrets.then_some(Value::Bool(true))),
-    ];
-    for (name, value) in optional {
-        if let Some(value) = value {
-            set(name, value);
-        }
-    }
-    if !issue.idempotency_fields.is_empty() {
-        set("idempotency_fields", json!(issue.idempotency_fields));
-    }
-    if !issue.metadata.is_empty() {
-        let pairs = issue.metadata.iter().map(|pair| {
-            let (name, value) =
-                pair.split_once('=').ok_or_else(|| Usage(format!("--metadata {pair}: write NAME=VALUE")))?;
-            Ok((name.to_owned(), Value::from(value)))
-        });
-        set("metadata", Value::Object(pairs.collect::<Result<_, Usage>>()?));
-    }
-    Ok(Value::Object(body))
-}
-
 async fn holds(command: Holds, target: &Target) -> Result<ExitCode> {
     let client = client(target)?;
     match command {
@@ -507,118 +350,6 @@ async fn calls(command: Calls, target: &Target) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-async fn audit(command: Audit, target: &Target) -> Result<ExitCode> {
-    match command {
-        Audit::Query { filters, all_events, limit } => {
-            let mut query = filters
-                .iter()
-                .map(|filter| {
-                    let (name, value) =
-                        filter.split_once('=').ok_or_else(|| Usage(format!("{filter}: write NAME=VALUE")))?;
-                    Ok((name.to_owned(), value.to_owned()))
-                })
-                .collect::<Result<Vec<_>, Usage>>()?;
-            if all_events {
-                query.push(("events".to_owned(), "all".to_owned()));
-            }
-            let records = client(target)?.list("/audit", &query, limit).await?;
-            let columns = [
-                ("AT", "/at"),
-                ("EVENT", "/event"),
-                ("OUTCOME", "/outcome"),
-                ("USD", "/usd"),
-                ("CODE", "/code"),
-                ("CUSTOMER", "/customer"),
-                ("OBJECT", "/object_id"),
-                ("LABEL", "/label"),
-            ];
-            show_list(&records, &columns, target.json);
-            Ok(ExitCode::SUCCESS)
-        }
-        Audit::Tail => tail(&client(target)?).await,
-        Audit::Verify { file: Some(file) } => verify_file(&file, target.json),
-        Audit::Verify { file: None } => {
-            let state = client(target)?.get("/audit/verify", &[]).await?;
-            Ok(show_verdict(&state, target.json))
-        }
-    }
-}
-
-/// Prints records from the beginning and goes on as they come, until it is stopped.
-async fn tail(client: &Client) -> Result<ExitCode> {
-    let mut query = vec![("events".to_owned(), "all".to_owned()), ("order".to_owned(), "asc".to_owned())];
-    query.push(("limit".to_owned(), "1000".to_owned()));
-    let mut after: Option<u64> = None;
-    loop {
-        let mut asked = query.clone();
-        asked.extend(after.map(|after| ("cursor".to_owned(), after.to_string())));
-        let page = client.get("/audit", &asked).await?;
-        for record in page["data"].as_array().into_iter().flatten() {
-            line(&record.to_string());
-            after = record["seq"].as_u64().or(after);
-        }
-        if !page["has_more"].as_bool().unwrap_or(false) {
-            tokio::time::sleep(Duration::from_millis(TAIL_PAUSE_MS)).await;
-        }
-    }
-}
-
-fn verify_file(file: &PathBuf, json: Json) -> Result<ExitCode> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut verifier: Option<Verifier> = None;
-    let mut records = 0_u64;
-    let mut broken = None;
-    for (at, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
-        let record: Map<String, Value> =
-            serde_json::from_str(text).map_err(|_| anyhow!("line {} is no JSON object", at + 1))?;
-        let verifier = match &mut verifier {
-            Some(verifier) => verifier,
-            None => verifier.insert(beginning(&record)?),
-        };
-        if let Err(found) = verifier.follow_json(&record) {
-            broken = Some(found);
-            break;
-        }
-        records += 1;
-    }
-    let head = verifier.map(|verifier| crate::id::hex(&verifier.head())).unwrap_or_default();
-    let state = json!({
-        "whole": broken.is_none(),
-        "records": records,
-        "head": head,
-        "first_bad": broken.as_ref().map(crate::audit::Broken::seq),
-        "why": broken.as_ref().map(ToString::to_string),
-    });
-    Ok(show_verdict(&state, json))
-}
-
-/// An export may begin in the middle of a chain; what lies before it cannot be checked, and is told by its `seq`.
-fn beginning(record: &Map<String, Value>) -> Result<Verifier> {
-    let seq = record.get("seq").and_then(Value::as_u64);
-    let prev = record.get("prev_hash").and_then(Value::as_str).and_then(crate::id::from_hex);
-    match (seq, prev.and_then(|prev| prev.try_into().ok())) {
-        (Some(1), _) => Ok(Verifier::default()),
-        (Some(seq), Some(prev)) => Ok(Verifier::from_record(seq, prev)),
-        (Some(_) | None, _) => bail!("the first line is no audit record"),
-    }
-}
-
-fn show_verdict(state: &Value, json: Json) -> ExitCode {
-    let whole = state["whole"].as_bool().unwrap_or(false);
-    if json.json {
-        line(&state.to_string());
-    } else if whole {
-        line(&format!(
-            "whole: {} records, head {}",
-            state["records"],
-            state["head"].as_str().unwrap_or_default()
-        ));
-    } else {
-        line(&format!("BROKEN: {}", state["why"].as_str().unwrap_or_default()));
-    }
-    if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn health(json: Json) -> ExitCode {

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::hold::ExactRequest;
 use crate::ledger::Held;
 use crate::secret::Secret;
+use crate::time::UnixMs;
 use crate::upstream::{NotSentReason, Outbound, Sent, Upstream};
 use crate::vendor::stripe::form;
 use crate::vendor::stripe::rules::Effect;
@@ -77,7 +78,12 @@ impl Forwarder {
     }
 
     /// Sends a money call, exactly as it is held.
-    pub async fn send_held(&self, held: &Held, deadline: Instant) -> Sent {
+    ///
+    /// A re-send that comes too late (a machine that slept in between) is not sent: Stripe may have forgotten the key.
+    pub async fn send_held(&self, held: &Held, now: UnixMs, deadline: Instant) -> Sent {
+        if !held.first_send() && !held.may_be_resent(now) {
+            return Sent::NotSent { reason: NotSentReason::DeadlinePassed };
+        }
         self.send(held.request(), deadline).await
     }
 

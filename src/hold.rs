@@ -7,7 +7,7 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::id::{BootId, CallId, HoldId, KeyId};
+use crate::id::{BootId, BudgetId, CallId, HoldId, IssuerId, KeyId};
 use crate::money::{Currency, MicroUsd};
 use crate::time::{Day, UnixMs};
 
@@ -74,6 +74,12 @@ pub enum Subject {
     /// One vault key.
     #[n(0)]
     Key(#[n(0)] KeyId),
+    /// All keys of one issuer.
+    #[n(1)]
+    Issuer(#[n(0)] IssuerId),
+    /// All keys of one budget.
+    #[n(2)]
+    Budget(#[n(0)] BudgetId),
 }
 
 /// Money held for one object.
@@ -130,6 +136,30 @@ pub struct Hold {
     /// Other objects at Stripe that stand for the same money (the charge of a payment intent).
     #[n(16)]
     pub aliases: Vec<String>,
+    /// The connected account that its object belongs to; empty for the own account.
+    #[n(17)]
+    #[cbor(default)]
+    pub account: String,
+    /// The customer who pays, where the call that made the object named one.
+    #[n(18)]
+    #[cbor(default)]
+    pub customer: Option<String>,
+    /// Whether the vendor's own record says that its object is over, so that no later answer can open it again.
+    #[n(19)]
+    #[cbor(default)]
+    pub object_over: bool,
+}
+
+impl Hold {
+    /// What the object itself says of a parameter that a later call on it leaves out.
+    pub fn own_field(&self, param: &str) -> Option<String> {
+        match param {
+            "amount" | "amount_to_capture" | "amount_to_confirm" => Some(self.minor.to_string()),
+            "currency" => self.currency.map(|currency| currency.as_str().to_owned()),
+            "customer" => self.customer.clone(),
+            _ => None,
+        }
+    }
 }
 
 /// A hold as it was before the call in flight.

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use minicbor::{Decode, Encode};
+use sha2::{Digest as _, Sha256};
 
 use crate::time::UnixMs;
 
@@ -86,6 +87,26 @@ id!(
     /// One run of the process on a ledger.
     BootId, "boot_"
 );
+
+/// A budget: one name among the keys of one issuer, or of the admin key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+#[cbor(transparent)]
+pub struct BudgetId(#[cbor(with = "minicbor::bytes")] [u8; 16]);
+
+impl BudgetId {
+    /// The budget of that name among the keys that `issuer` (or the admin key) minted.
+    pub fn of(issuer: Option<IssuerId>, name: &str) -> Self {
+        let owner = issuer.map_or_else(|| "admin".to_owned(), |issuer| issuer.to_string());
+        let digest: [u8; 32] =
+            Sha256::new().chain_update(owner).chain_update("/").chain_update(name).finalize().into();
+        Self(digest.first_chunk().copied().unwrap_or_default())
+    }
+
+    /// The stored bytes.
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
 
 macro_rules! digest {
     ($(#[$doc:meta])* $name:ident) => {

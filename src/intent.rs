@@ -5,6 +5,7 @@
 use crate::call::{Estate, KeyBasis, ParamDigest};
 use crate::hold::{ExactRequest, Facts, Lane};
 use crate::id::{Fingerprint, Identity};
+use crate::key::Constraint;
 use crate::money::{MicroUsd, Money};
 
 /// A money call, ready to be judged and reserved.
@@ -30,6 +31,8 @@ pub struct Intent {
     pub facts: Facts,
     /// Whose account and mode.
     pub estate: Estate,
+    /// Constraints of the key on parameters that the request leaves to its object.
+    pub open_constraints: Vec<Constraint>,
 }
 
 /// The highest cost of a call, or where to find it.

@@ -4,8 +4,8 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::id::{IssuerId, KeyId};
-use crate::money::MicroUsd;
+use crate::id::{BudgetId, IssuerId, KeyId};
+use crate::money::{MicroUsd, parse_amount};
 use crate::refusal::{Code, Refusal};
 use crate::time::{DAY_MS, UnixMs};
 
@@ -62,9 +62,75 @@ pub struct Key {
     /// Who made it; the admin key when `None`.
     #[n(14)]
     pub issuer: Option<IssuerId>,
-    /// Whose counters it shares.
+    /// Whose counters it shares, among the keys of the same issuer.
     #[n(15)]
     pub budget: Option<String>,
+    /// Parameters that must have certain values.
+    #[n(16)]
+    #[cbor(default)]
+    pub constraints: Vec<Constraint>,
+    /// Connected accounts that it may act on.
+    #[n(17)]
+    #[cbor(default)]
+    pub accounts: Vec<String>,
+    /// Whether the first cap refusal stops its whole budget.
+    #[n(18)]
+    #[cbor(default)]
+    pub stop_budget_on_refusal: bool,
+}
+
+/// A parameter that must have one of some values, or lie between bounds.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Constraint {
+    /// The parameter's canonical name.
+    #[n(0)]
+    pub param: String,
+    /// What it may be.
+    #[n(1)]
+    pub rule: Rule,
+}
+
+/// What a constrained parameter may be.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Rule {
+    /// One of these, to the letter.
+    #[n(0)]
+    OneOf(#[n(0)] Vec<String>),
+    /// A whole number between these, both included.
+    #[n(1)]
+    Between {
+        /// At least.
+        #[n(0)]
+        min: Option<u64>,
+        /// At most.
+        #[n(1)]
+        max: Option<u64>,
+    },
+}
+
+impl Rule {
+    /// Whether a value keeps the rule. A number is read in its one accepted spelling.
+    pub fn admits(&self, value: &str) -> bool {
+        match self {
+            Self::OneOf(values) => values.iter().any(|allowed| allowed == value),
+            Self::Between { min, max } => parse_amount(value).is_some_and(|number| {
+                min.is_none_or(|min| number >= min) && max.is_none_or(|max| number <= max)
+            }),
+        }
+    }
+
+    /// Whether everything that `tighter` admits is admitted here too.
+    pub fn covers(&self, tighter: &Self) -> bool {
+        match (self, tighter) {
+            (_, Self::OneOf(values)) => values.iter().all(|value| self.admits(value)),
+            (Self::OneOf(_), Self::Between { .. }) => false,
+            (Self::Between { min, max }, Self::Between { min: low, max: high }) => {
+                let above = min.is_none_or(|min| low.is_some_and(|low| low >= min));
+                let below = max.is_none_or(|max| high.is_some_and(|high| high <= max));
+                above && below
+            }
+        }
+    }
 }
 
 /// One operation that a key may call.
@@ -126,6 +192,14 @@ pub enum Idempotency {
 }
 
 impl Idempotency {
+    /// Whether the caller's own idempotency key means anything.
+    pub const fn minds_caller_key(&self) -> bool {
+        match self {
+            Self::Required | Self::Client => true,
+            Self::Content { .. } => false,
+        }
+    }
+
     /// The mode's name.
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -210,6 +284,16 @@ impl Key {
     /// The grant under which an operation may be called.
     pub fn grant_for(&self, operation: &str) -> Option<&Grant> {
         self.grants.iter().find(|grant| grant.operation == operation)
+    }
+
+    /// The budget whose counters it shares.
+    pub fn budget_id(&self) -> Option<BudgetId> {
+        self.budget.as_deref().map(|name| BudgetId::of(self.issuer, name))
+    }
+
+    /// What a parameter must be.
+    pub fn constraint_on(&self, param: &str) -> Option<&Constraint> {
+        self.constraints.iter().find(|constraint| constraint.param == param)
     }
 
     /// Whether no dollar cap bounds what comes in.

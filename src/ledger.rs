@@ -24,7 +24,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::audit::Entry;
 use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, Record, StoredAnswer};
 use crate::hold::{ExactRequest, Facts, Hold};
-use crate::id::{BootId, CallId, HoldId, KeyId, LedgerId};
+use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
+use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
@@ -284,8 +285,14 @@ impl Ledger {
     ///
     /// # Errors
     /// [`LedgerError`]: the hold stays as it is.
-    pub async fn observe(&self, object: String, facts: Facts, record: Record) -> Result<(), LedgerError> {
-        self.ask(|reply| Command::Observe { object, facts: Box::new(facts), record, reply }).await
+    pub async fn observe(
+        &self,
+        account: String,
+        object: String,
+        facts: Facts,
+        record: Record,
+    ) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Observe { account, object, facts: Box::new(facts), record, reply }).await
     }
 
     /// Records a refusal, or counts it with its equals of the same minute.
@@ -331,6 +338,36 @@ impl Ledger {
     /// [`LedgerError::NotFound`], or the key stays as it was.
     pub async fn revoke_key(&self, key_id: KeyId, actor: Actor) -> Result<Key, LedgerError> {
         self.ask(|reply| Command::RevokeKey { key_id, actor, reply }).await
+    }
+
+    /// Stores a new issuer key.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: there is no such issuer.
+    pub async fn create_issuer(&self, issuer: Issuer, actor: Actor) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::CreateIssuer { issuer: Box::new(issuer), actor, reply }).await
+    }
+
+    /// Revokes an issuer key, and with it every key that it minted.
+    ///
+    /// # Errors
+    /// [`LedgerError::NotFound`], or the issuer stays as it was.
+    pub async fn revoke_issuer(&self, issuer_id: IssuerId, actor: Actor) -> Result<Issuer, LedgerError> {
+        self.ask(|reply| Command::RevokeIssuer { issuer_id, actor, reply }).await
+    }
+
+    /// Lets a stopped budget's keys spend again; answers whether it was stopped.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the budget stays stopped.
+    pub async fn resume_budget(
+        &self,
+        issuer: Option<IssuerId>,
+        name: String,
+        reason: String,
+        actor: Actor,
+    ) -> Result<bool, LedgerError> {
+        self.ask(|reply| Command::ResumeBudget { issuer, name, reason, actor, reply }).await
     }
 
     /// Stops every call, or lets them through again.

@@ -60,6 +60,7 @@ pub mod secret;
 pub mod refusal;
 
 pub mod key;
+pub mod issuer;
 pub mod hold;
 pub mod call;
 pub mod intent;

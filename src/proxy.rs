@@ -25,7 +25,7 @@ use crate::forward::{Forwarder, FreeRequest};
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::Key;
-use crate::ledger::rules::kill_switch;
+use crate::ledger::rules::{issuer_revoked, kill_switch};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::proxy::flights::Flights;
 use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
@@ -251,7 +251,7 @@ impl Proxy {
         let request_id = course.request_id.clone();
         let reading =
             read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread))?;
-        let facts = request::facts(&reading);
+        let facts = request::facts(&reading, key);
         let effect = permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
         let answer = match effect {
             Effect::Free | Effect::Cancel => self.pass_on(course, key, &reading, effect, &facts).await,
@@ -264,6 +264,12 @@ impl Proxy {
     /// Whether the key opens anything right now, and for whose account.
     fn may_serve(&self, key: &Key) -> Result<Estate, No> {
         key.alive(self.ledger.now())?;
+        if let Some(id) = key.issuer {
+            let issuer = self.ledger.redb().issuer(id)?;
+            if issuer.is_none_or(|issuer| issuer.revoked_at.is_some()) {
+                return Err(issuer_revoked().into());
+            }
+        }
         if self.ledger.redb().kill_switch()?.is_some() {
             return Err(kill_switch().into());
         }
@@ -294,7 +300,7 @@ impl Proxy {
             path: reading.path.clone(),
             params: reading.params.pairs().to_vec(),
             version: reading.version.clone(),
-            account: None,
+            account: reading.account.clone(),
             idempotency_key: reading.caller_key.clone(),
         };
         let Some(request) = FreeRequest::new(effect, request) else {
@@ -316,7 +322,10 @@ impl Proxy {
         if effect == Effect::Cancel
             && let Some((object, record)) = answer::canceled(told)
         {
-            let observed = self.ledger.observe(object, facts.clone(), record).await;
+            let observed = {
+                let account = reading.account.clone().unwrap_or_default();
+                self.ledger.observe(account, object, facts.clone(), record).await
+            };
             if let Err(error) = observed {
                 tracing::error!(%error, "a canceled payment intent could not be released; it stays held");
             }
@@ -364,10 +373,13 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refu
         ));
     };
     let effect = rules::effect(operation, key.is_uncapped(), grant.wildcard)?;
-    if read::names_account(&head.headers) {
+    if read::names_context(&head.headers) {
+        return Err(Refusal::new(Code::AccountNotAllowed, "Stripe-Context is not supported."));
+    }
+    if reading.account.as_ref().is_some_and(|account| !key.accounts.contains(account)) {
         return Err(Refusal::new(
             Code::AccountNotAllowed,
-            "This vault key grants no connected account: Stripe-Account and Stripe-Context must not be sent.",
+            "This vault key does not grant the connected account that Stripe-Account names.",
         ));
     }
     match effect {
@@ -376,8 +388,9 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refu
         }
         Effect::Free | Effect::Cancel => {}
     }
-    rules::refuse_parameters(&reading.params, key.is_uncapped())?;
+    rules::refuse_parameters(&reading.params, key)?;
     rules::refuse_expand(&reading.params, key)?;
+    rules::keep_constraints(&reading.params, key, effect)?;
     Ok(effect)
 }
 

@@ -52,6 +52,8 @@ codes! {
         "What this call would cost cannot be known before it is sent, and the key has a cap.";
     BodyTooLarge = "body_too_large", 413, false,
         "The request body is larger than the sidecar takes.";
+    BudgetStopped = "budget_stopped", 429, false,
+        "A call under this budget was refused for its cap, and the budget stopped until an operator resumes it.";
     CallLimitExceeded = "call_limit_exceeded", 429, false,
         "The key has made as many money calls as it may make.";
     Conflict = "conflict", 409, false,
@@ -121,6 +123,7 @@ impl Code {
             | Self::AlreadyExecuted
             | Self::AmountUnknown
             | Self::BodyTooLarge
+            | Self::BudgetStopped
             | Self::CallLimitExceeded
             | Self::Conflict
             | Self::CurrencyNotAllowed
@@ -148,10 +151,14 @@ impl Code {
 /// Which limit a call ran into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CapKind {
+    /// A limit that is checked against what a budget's keys spent together.
+    Budget,
     /// `daily_usd_cap`.
     Daily,
     /// `daily_usd_out_cap`.
     DailyOut,
+    /// A limit over all keys of one issuer.
+    Issuer,
     /// `max_usd_per_request`.
     PerRequest,
     /// `total_usd_cap`.
@@ -162,8 +169,10 @@ impl CapKind {
     /// The name in `error.cap`.
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::Budget => "budget",
             Self::Daily => "daily",
             Self::DailyOut => "daily_out",
+            Self::Issuer => "issuer",
             Self::PerRequest => "per_request",
             Self::Total => "total",
         }
@@ -230,11 +239,13 @@ impl Refusal {
             CapKind::PerRequest => {
                 format!("Spend cap exceeded: one call may cost {limit} USD, this one {requested}")
             }
-            CapKind::Daily | CapKind::DailyOut | CapKind::Total => format!(
-                "Spend cap exceeded: of {limit} USD ({}), {spent} are spent and {held} held; this call asks for \
+            CapKind::Budget | CapKind::Daily | CapKind::DailyOut | CapKind::Issuer | CapKind::Total => {
+                format!(
+                    "Spend cap exceeded: of {limit} USD ({}), {spent} are spent and {held} held; this call asks for \
                  {requested}{resets}",
-                cap.as_str()
-            ),
+                    cap.as_str()
+                )
+            }
         };
         Self { figures: Some(Box::new(figures)), ..Self::new(Code::SpendCapExceeded, message) }
     }

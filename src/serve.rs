@@ -202,11 +202,24 @@ fn make_private_dir(path: &Path) -> std::io::Result<()> {
 /// Prunes and indexes the ledger, and renews the certificate, until the process stops.
 fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
     let (ledger, stop_ticks) = (sidecar.ledger.clone(), stop.clone());
+    let clock = Arc::clone(&sidecar.admin.clock);
     tokio::spawn(async move {
         while !wait_or_stop(TICK_MS, &stop_ticks).await {
+            // By a clock that jumped forward, what is still needed would be pruned.
+            if clock.jumped().is_some() {
+                continue;
+            }
             if let Err(error) = ledger.tick().await {
                 tracing::debug!(%error, "a tick of the ledger failed");
             }
+        }
+    });
+    let (account, forwarder) = (Arc::clone(&sidecar.account), Arc::clone(&sidecar.forwarder));
+    let stop_watch = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = stop_watch.cancelled() => {}
+            () = account::watch_key(&account, &forwarder) => {}
         }
     });
     let Some(tls) = sidecar.tls.clone() else { return };

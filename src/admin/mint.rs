@@ -5,8 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::admin::fields::{Fields, invalid};
-use crate::id::KeyId;
-use crate::key::{Caps, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX};
+use crate::admin::show;
+use crate::id::{IssuerId, KeyId};
+use crate::issuer::Issuer;
+use crate::key::{
+    Caps, Constraint, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX, Rule,
+};
 use crate::money::MicroUsd;
 use crate::refusal::Refusal;
 use crate::secret::KeyDigest;
@@ -16,6 +20,8 @@ use crate::vendor::stripe::catalogue;
 use crate::vendor::stripe::form::Params;
 use crate::vendor::stripe::rules::{self, Effect, Priced};
 
+/// The longest life of an issuer key, in seconds: two years.
+const ISSUER_EXPIRES_IN_SECONDS_MAX: u64 = 2 * 366 * 86_400;
 /// Entries of `allowed_endpoints`.
 const GRANTS_MAX: usize = 100;
 /// Characters of a label, a scope, or a metadata value.
@@ -25,14 +31,13 @@ const IDENTITY_FIELDS_MAX: usize = 10;
 /// Days that answers may be remembered: longer than Stripe remembers keys.
 const REMEMBER_DAYS: std::ops::RangeInclusive<u32> = 2..=400;
 /// Fields of the contract that later versions bring.
-const LATER: &[&str] = &[
-    "constraints",
-    "accounts",
-    "retry_declined_after_seconds",
-    "budget",
-    "stop_budget_on_refusal",
-    "requests_per_second",
-];
+const LATER: &[&str] = &["retry_declined_after_seconds", "requests_per_second"];
+/// Constraints of one key, and values of one constraint.
+const CONSTRAINTS_MAX: usize = 20;
+/// Values that one constraint may list.
+const CONSTRAINT_VALUES_MAX: usize = 1_000;
+/// Connected accounts of one key.
+const ACCOUNTS_MAX: usize = 100;
 
 /// What a new key needs besides its policy.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +82,13 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
     }
     let client_secrets = fields.take("client_secrets", "true or false")?.unwrap_or(false);
     let metadata = metadata(&mut fields)?;
+    let constraints = constraints(&mut fields)?;
+    let accounts = accounts(&mut fields)?;
+    let budget = text(&mut fields, "budget")?;
+    let stop_budget_on_refusal = fields.take("stop_budget_on_refusal", "true or false")?.unwrap_or(false);
+    if stop_budget_on_refusal && budget.is_none() {
+        return Err(invalid("stop_budget_on_refusal", "needs a \"budget\""));
+    }
     fields.finish(LATER)?;
     Ok(Key {
         id: birth.id,
@@ -94,8 +106,125 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
         revoked_at: None,
         closed_at: None,
         issuer: None,
-        budget: None,
+        budget,
+        constraints,
+        accounts,
+        stop_budget_on_refusal,
     })
+}
+
+/// Reads an issuer key's bounds.
+///
+/// # Errors
+/// `parameter_invalid`, naming the field.
+pub fn issuer_of(body: &[u8], id: IssuerId, digest: KeyDigest, now: UnixMs) -> Result<Issuer, Refusal> {
+    let mut fields = Fields::parse(body)?;
+    let name = text(&mut fields, "name")?.ok_or_else(|| invalid("name", "is missing"))?;
+    let label_prefix =
+        text(&mut fields, "label_prefix")?.ok_or_else(|| invalid("label_prefix", "is missing"))?;
+    let entries: Vec<String> =
+        fields.need("allowed_endpoints", "a list of strings such as \"POST /v1/charges\"")?;
+    let daily = fields.dollars("daily_usd_cap")?;
+    let total = fields.dollars("total_usd_cap")?;
+    let daily_out = fields.dollars("daily_usd_out_cap")?;
+    let max_cap = fields.dollars("max_cap_usd")?;
+    let caps = Caps { daily, daily_out, ..Caps::default() };
+    let grants = grants(&entries, &caps)?;
+    let max_expires_in_seconds: u64 =
+        fields.take("max_expires_in_seconds", "a whole number of seconds")?.unwrap_or(EXPIRES_IN_SECONDS_MAX);
+    let seconds: u64 = fields.need("expires_in_seconds", "a whole number of seconds")?;
+    for (field, seconds, max) in [
+        ("max_expires_in_seconds", max_expires_in_seconds, EXPIRES_IN_SECONDS_MAX),
+        ("expires_in_seconds", seconds, ISSUER_EXPIRES_IN_SECONDS_MAX),
+    ] {
+        if !(1..=max).contains(&seconds) {
+            return Err(invalid(field, format!("must be from 1 to {max}")));
+        }
+    }
+    let idempotency: Option<String> =
+        fields.take("idempotency", "\"required\", \"client\" or \"content\"")?;
+    if idempotency.as_deref().is_some_and(|mode| !["required", "client", "content"].contains(&mode)) {
+        return Err(invalid("idempotency", "must be \"required\", \"client\" or \"content\""));
+    }
+    let constraints = constraints(&mut fields)?;
+    let per_request = fields.dollars("max_usd_per_request")?;
+    fields.finish(&[])?;
+    Ok(Issuer {
+        id,
+        digest: digest.0,
+        name,
+        label_prefix,
+        grants,
+        constraints,
+        per_request,
+        max_cap,
+        daily,
+        total,
+        daily_out,
+        max_expires_in_seconds,
+        idempotency,
+        created_at: now,
+        expires_at: now.plus_millis(seconds.saturating_mul(SECOND_MS)),
+        revoked_at: None,
+    })
+}
+
+fn constraints(fields: &mut Fields) -> Result<Vec<Constraint>, Refusal> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged, deny_unknown_fields)]
+    enum Written {
+        OneOf(Vec<String>),
+        Between { min: Option<u64>, max: Option<u64> },
+    }
+    let bad = |why: &str| Err(invalid("constraints", why));
+    let kind = "an object of parameters, each with a list of strings or {\"min\", \"max\"}";
+    let written: BTreeMap<String, Written> = fields.take("constraints", kind)?.unwrap_or_default();
+    if written.len() > CONSTRAINTS_MAX {
+        return bad("may have 20 entries");
+    }
+    let mut constraints = Vec::new();
+    for (param, rule) in written {
+        if !is_canonical_name(&param) {
+            return bad("must name parameters such as \"customer\" or \"metadata[line_id]\"");
+        }
+        let rule = match rule {
+            Written::OneOf(values) if values.is_empty() || values.len() > CONSTRAINT_VALUES_MAX => {
+                return bad("must list 1 to 1000 values");
+            }
+            Written::OneOf(values) if param == "currency" => {
+                Rule::OneOf(values.into_iter().map(|value| value.to_ascii_lowercase()).collect())
+            }
+            Written::OneOf(values) => Rule::OneOf(values),
+            Written::Between { min: None, max: None } => return bad("must have a min, a max or both"),
+            Written::Between { min: Some(min), max: Some(max) } if min > max => {
+                return bad("has a min above its max");
+            }
+            Written::Between { min, max } => Rule::Between { min, max },
+        };
+        constraints.push(Constraint { param, rule });
+    }
+    Ok(constraints)
+}
+
+fn accounts(fields: &mut Fields) -> Result<Vec<String>, Refusal> {
+    let accounts: Vec<String> = fields.take("accounts", "a list of acct_… ids")?.unwrap_or_default();
+    let is_account = |account: &String| {
+        account.strip_prefix("acct_").is_some_and(|rest| {
+            !rest.is_empty()
+                && rest.len() <= 100
+                && rest.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        })
+    };
+    if accounts.len() > ACCOUNTS_MAX || !accounts.iter().all(is_account) {
+        return Err(invalid("accounts", "must be a list of at most 100 acct_… ids"));
+    }
+    Ok(accounts)
+}
+
+/// Whether a parameter is named as it is compared.
+fn is_canonical_name(name: &str) -> bool {
+    Params::parse(format!("{name}=x").as_bytes())
+        .is_ok_and(|params| params.pairs().first().is_some_and(|(canonical, _)| canonical == name))
 }
 
 fn text(fields: &mut Fields, name: &str) -> Result<Option<String>, Refusal> {
@@ -207,10 +336,7 @@ fn identity_fields(fields: Vec<String>) -> Result<Vec<String>, Refusal> {
         return bad("may have 10 entries");
     }
     for (at, field) in fields.iter().enumerate() {
-        let pair = format!("{field}=x");
-        let canonical = Params::parse(pair.as_bytes())
-            .is_ok_and(|params| params.pairs().first().is_some_and(|(name, _)| name == field));
-        if !canonical {
+        if !is_canonical_name(field) {
             return bad("must be parameter names such as \"customer\" or \"metadata[line_id]\"");
         }
         if fields.iter().skip(at + 1).any(|other| other == field) {
@@ -263,6 +389,11 @@ pub fn policy(key: &Key, now: UnixMs) -> Map<String, Value> {
     set("idempotency_fields", fields);
     set("remember_days", Value::from(key.remember_days));
     set("client_secrets", Value::from(key.client_secrets));
+    set("constraints", show::constraints(&key.constraints));
+    set("accounts", json!(key.accounts));
+    set("issuer", key.issuer.map_or(Value::Null, |issuer| Value::from(issuer.to_string())));
+    set("budget", key.budget.as_deref().map_or(Value::Null, Value::from));
+    set("stop_budget_on_refusal", Value::from(key.stop_budget_on_refusal));
     set("metadata", Value::Object(metadata));
     set("created_at", Value::from(key.created_at.to_string()));
     set("expires_at", Value::from(key.expires_at.to_string()));

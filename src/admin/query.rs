@@ -3,6 +3,7 @@
 
 use crate::admin::fields::invalid;
 use crate::call::CallState;
+use crate::id::IssuerId;
 use crate::key::Status;
 use crate::ledger::query::{AuditFilter, CallFilter, KeyFilter};
 use crate::refusal::Refusal;
@@ -89,7 +90,13 @@ impl Asked {
                     .ok_or_else(|| invalid("status", "must be active, expired, revoked or closed"))?,
             ),
         };
-        Ok(KeyFilter { label, status })
+        let issuer = match self.take("issuer") {
+            None => None,
+            Some(text) => {
+                Some(IssuerId::parse(&text).ok_or_else(|| invalid("issuer", "must be an ik_id_… id"))?)
+            }
+        };
+        Ok(KeyFilter { label, status, issuer, budget: self.take("budget") })
     }
 
     /// The filter of a list of holds.

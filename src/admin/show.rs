@@ -3,9 +3,12 @@
 use serde_json::{Map, Value, json};
 
 use crate::call::{Call, CallState};
-use crate::hold::{Hold, Lane};
-use crate::key::Key;
+use crate::hold::{Hold, Lane, Subject};
+use crate::id::BudgetId;
+use crate::issuer::Issuer;
+use crate::key::{Constraint, Key, Rule};
 use crate::ledger::counter::Counter;
+use crate::ledger::rules::limits;
 use crate::ledger::{Ledger, LedgerError};
 use crate::money::MicroUsd;
 use crate::time::{Day, UnixMs};
@@ -16,19 +19,51 @@ use crate::time::{Day, UnixMs};
 /// [`LedgerError`] when the counters cannot be read.
 pub fn spend(ledger: &Ledger, key: &Key, now: UnixMs) -> Result<Value, LedgerError> {
     let whole_life = key.lives_a_day_or_less();
-    let window = if whole_life { Day::TOTAL } else { now.day() };
     let resets_at = (!whole_life).then(|| now.day().end());
-    let counter = |day, lane| ledger.redb().counter(key.id, day, lane);
-    let (today, total) = (counter(window, Lane::In)?, counter(Day::TOTAL, Lane::In)?);
-    let (out, total_out) = (counter(window, Lane::Out)?, counter(Day::TOTAL, Lane::Out)?);
-    let room =
-        |cap: Option<MicroUsd>, counter: &Counter| cap.map(|cap| cap.saturating_sub(counter.counted()));
-    let daily_room = room(key.caps.daily, &today);
-    let total_room = room(key.caps.total, &total);
-    let both = [daily_room, total_room].into_iter().flatten().min();
+    let counter = |subject, day, lane| ledger.redb().counter(subject, day, lane);
+    let own = Subject::Key(key.id);
+    let window = |subject, lane| match (whole_life, subject) {
+        (true, Subject::Budget(_)) if key.created_at.day() < now.day() => {
+            Ok(counter(subject, key.created_at.day(), lane)?.and(&counter(subject, now.day(), lane)?))
+        }
+        (true, Subject::Key(_) | Subject::Issuer(_)) => counter(subject, Day::TOTAL, lane),
+        (true, Subject::Budget(_)) | (false, _) => counter(subject, now.day(), lane),
+    };
+    let (today, total) = (window(own, Lane::In)?, counter(own, Day::TOTAL, Lane::In)?);
+    let (out, total_out) = (window(own, Lane::Out)?, counter(own, Day::TOTAL, Lane::Out)?);
+    // What could still be spent is decided by the counters that the key shares.
+    let spender = limits::spender(key);
+    let room = |cap: Option<MicroUsd>, counter: Counter| cap.map(|cap| cap.saturating_sub(counter.counted()));
+    let issuer = key.issuer.map(|id| ledger.redb().issuer(id)).transpose()?.flatten();
+    let of_issuer = |cap: Option<MicroUsd>, day, lane| match &issuer {
+        Some(issuer) => Ok(room(cap, counter(Subject::Issuer(issuer.id), day, lane)?)),
+        None => Ok::<_, LedgerError>(None),
+    };
+    let total_room = [
+        room(key.caps.total, counter(spender, Day::TOTAL, Lane::In)?),
+        of_issuer(issuer.as_ref().and_then(|issuer| issuer.total), Day::TOTAL, Lane::In)?,
+    ]
+    .into_iter()
+    .flatten()
+    .min();
+    let both = [
+        room(key.caps.daily, window(spender, Lane::In)?),
+        total_room,
+        of_issuer(issuer.as_ref().and_then(|issuer| issuer.daily), now.day(), Lane::In)?,
+    ]
+    .into_iter()
+    .flatten()
+    .min();
+    let out_room = [
+        room(key.caps.daily_out, window(spender, Lane::Out)?),
+        of_issuer(issuer.as_ref().and_then(|issuer| issuer.daily_out), now.day(), Lane::Out)?,
+    ]
+    .into_iter()
+    .flatten()
+    .min();
     let mut now_in = figures(&today, both);
     now_in.insert("resets_at".to_owned(), resets_at.map_or(Value::Null, |at| at.to_string().into()));
-    let mut now_out = figures(&out, room(key.caps.daily_out, &out));
+    let mut now_out = figures(&out, out_room);
     now_out.insert("resets_at".to_owned(), resets_at.map_or(Value::Null, |at| at.to_string().into()));
     now_in.insert("out".to_owned(), Value::Object(now_out));
     let mut all = figures(&total, total_room);
@@ -102,4 +137,82 @@ pub fn call(call: &Call) -> Value {
         "remember_until": call.remember_until.map(|at| at.to_string()),
         "attempts": attempts,
     })
+}
+
+/// One issuer key, without its secret.
+pub fn issuer(issuer: &Issuer, now: UnixMs) -> Map<String, Value> {
+    let usd = |cap: Option<MicroUsd>| cap.map_or(Value::Null, |cap| Value::from(cap.to_string()));
+    let grants: Vec<&str> = issuer.grants.iter().map(|grant| grant.written.as_str()).collect();
+    let rows = [
+        ("id", Value::from(issuer.id.to_string())),
+        ("name", Value::from(issuer.name.as_str())),
+        ("status", Value::from(issuer.status(now))),
+        ("label_prefix", Value::from(issuer.label_prefix.as_str())),
+        ("allowed_endpoints", json!(grants)),
+        ("constraints", constraints(&issuer.constraints)),
+        ("max_usd_per_request", usd(issuer.per_request)),
+        ("max_cap_usd", usd(issuer.max_cap)),
+        ("daily_usd_cap", usd(issuer.daily)),
+        ("total_usd_cap", usd(issuer.total)),
+        ("daily_usd_out_cap", usd(issuer.daily_out)),
+        ("max_expires_in_seconds", Value::from(issuer.max_expires_in_seconds)),
+        ("idempotency", issuer.idempotency.as_deref().map_or(Value::Null, Value::from)),
+        ("created_at", Value::from(issuer.created_at.to_string())),
+        ("expires_at", Value::from(issuer.expires_at.to_string())),
+        ("revoked_at", issuer.revoked_at.map_or(Value::Null, |at| at.to_string().into())),
+    ];
+    rows.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// Constraints as they are written.
+pub fn constraints(constraints: &[Constraint]) -> Value {
+    let rows = constraints.iter().map(|constraint| {
+        let rule = match &constraint.rule {
+            Rule::OneOf(values) => json!(values),
+            Rule::Between { min, max } => {
+                let bounds = [("min", min), ("max", max)].into_iter();
+                Value::Object(
+                    bounds
+                        .filter_map(|(name, bound)| Some((name.to_owned(), Value::from((*bound)?))))
+                        .collect(),
+                )
+            }
+        };
+        (constraint.param.clone(), rule)
+    });
+    Value::Object(rows.collect())
+}
+
+/// What all keys of an issuer have spent together.
+///
+/// # Errors
+/// [`LedgerError`] when the counters cannot be read.
+pub fn issuer_spend(ledger: &Ledger, issuer: &Issuer) -> Result<Value, LedgerError> {
+    subject_spend(ledger, Subject::Issuer(issuer.id), [issuer.daily, issuer.total, issuer.daily_out])
+}
+
+/// What all keys of a budget have spent together.
+///
+/// # Errors
+/// [`LedgerError`] when the counters cannot be read.
+pub fn budget_spend(ledger: &Ledger, budget: BudgetId) -> Result<Value, LedgerError> {
+    subject_spend(ledger, Subject::Budget(budget), [None; 3])
+}
+
+fn subject_spend(
+    ledger: &Ledger,
+    subject: Subject,
+    [daily, total, daily_out]: [Option<MicroUsd>; 3],
+) -> Result<Value, LedgerError> {
+    let today = ledger.now().day();
+    let of = |day, lane, cap: Option<MicroUsd>| {
+        let counter = ledger.redb().counter(subject, day, lane)?;
+        Ok::<_, LedgerError>(figures(&counter, cap.map(|cap| cap.saturating_sub(counter.counted()))))
+    };
+    let mut now = of(today, Lane::In, daily)?;
+    now.insert("resets_at".to_owned(), Value::from(today.end().to_string()));
+    now.insert("out".to_owned(), Value::Object(of(today, Lane::Out, daily_out)?));
+    let mut all = of(Day::TOTAL, Lane::In, total)?;
+    all.insert("out".to_owned(), Value::Object(of(Day::TOTAL, Lane::Out, None)?));
+    Ok(json!({ "today": now, "total": all }))
 }

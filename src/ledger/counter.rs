@@ -49,6 +49,18 @@ impl Counter {
         self.spent.checked_add(self.held_and_doubt()).unwrap_or(MicroUsd::from_micros(u64::MAX))
     }
 
+    /// Two counters together.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let most = MicroUsd::from_micros(u64::MAX);
+        Self {
+            spent: self.spent.checked_add(other.spent).unwrap_or(most),
+            held: self.held.checked_add(other.held).unwrap_or(most),
+            doubt: self.doubt.checked_add(other.doubt).unwrap_or(most),
+            calls: self.calls.saturating_add(other.calls),
+        }
+    }
+
     fn add(&mut self, hold: &Hold) -> Result<(), Contradiction> {
         let bucket = match hold.state {
             HoldState::Sending { .. } | HoldState::Open => &mut self.held,

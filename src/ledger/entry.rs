@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::hold::{Facts, Hold};
+use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
@@ -70,6 +71,23 @@ pub fn of_refusal(at: UnixMs, key: &Key, facts: &Facts, refusal: &Refusal, durat
     }
 }
 
+/// One event of an issuer key.
+pub fn of_issuer(at: UnixMs, event: Event, actor: &str, issuer: &Issuer) -> Entry {
+    let usd = |cap: Option<crate::money::MicroUsd>| cap.map_or(Value::Null, |cap| cap.to_string().into());
+    let detail: Map<String, Value> = [
+        ("name", Value::from(issuer.name.as_str())),
+        ("label_prefix", Value::from(issuer.label_prefix.as_str())),
+        ("max_cap_usd", usd(issuer.max_cap)),
+        ("daily_usd_cap", usd(issuer.daily)),
+        ("total_usd_cap", usd(issuer.total)),
+        ("expires_at", Value::from(issuer.expires_at.to_string())),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect();
+    Entry { issuer_id: Some(issuer.id.to_string()), ..of_admin(at, event, actor, None, detail) }
+}
+
 /// One event of an admin's doing.
 pub fn of_admin(
     at: UnixMs,
@@ -82,6 +100,7 @@ pub fn of_admin(
         at: at.to_string(),
         event,
         key_id: key.map(|key| key.id.to_string()),
+        issuer_id: key.and_then(|key| key.issuer).map(|issuer| issuer.to_string()),
         label: key.map(|key| key.label.clone()),
         metadata: key.and_then(|key| object_of(&key.metadata)),
         actor: Some(actor.to_owned()),

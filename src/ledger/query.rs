@@ -6,14 +6,15 @@ use serde_json::{Map, Value};
 use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
 use crate::hold::{Hold, Lane, Subject};
-use crate::id::{CallId, HoldId, Identity, KeyId};
+use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId};
+use crate::issuer::Issuer;
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::upkeep::call_of;
 use crate::ledger::row::{
-    self, AUDIT, AUDIT_LAST, AuditFloorRow, BindingRow, CALL_IDS, CALLS, COUNTERS, HOLDS, KEY_DIGESTS, KEYS,
-    KillSwitchRow, META, PHASE_LIVE, meta,
+    self, AUDIT, AUDIT_LAST, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, HOLDS,
+    ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, PHASE_LIVE, meta,
 };
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
@@ -37,6 +38,10 @@ pub struct KeyFilter {
     pub label: Option<String>,
     /// Of this status.
     pub status: Option<Status>,
+    /// Minted by this issuer.
+    pub issuer: Option<IssuerId>,
+    /// Of this budget.
+    pub budget: Option<String>,
 }
 
 /// Which calls to list.
@@ -67,6 +72,8 @@ pub struct AuditFilter {
     pub all_events: bool,
     /// Oldest first instead of newest first.
     pub ascending: bool,
+    /// Only labels that start so.
+    pub label_prefix: Option<String>,
 }
 
 /// The state of a whole chain.
@@ -120,7 +127,8 @@ impl RedbStore {
         let txn = self.read()?;
         let id = {
             let table = open_or!(txn, KEY_DIGESTS, None);
-            table.get(digest)?.map(|found| *found.value().1)
+            let found = table.get(digest)?;
+            found.filter(|found| found.value().0 == KEY_KIND_VAULT).map(|found| *found.value().1)
         };
         let Some(id) = id else { return Ok(None) };
         let table = open_or!(txn, KEYS, None);
@@ -161,18 +169,70 @@ impl RedbStore {
             |key| {
                 filter.label.as_ref().is_none_or(|label| key.label == *label)
                     && filter.status.is_none_or(|status| key.status(now) == status)
+                    && filter.issuer.is_none_or(|issuer| key.issuer == Some(issuer))
+                    && filter.budget.as_ref().is_none_or(|budget| key.budget.as_ref() == Some(budget))
             },
         )
     }
 
-    /// A key's counter of one day, or of all days, in one lane.
+    /// The issuer key with a secret's digest.
     ///
     /// # Errors
     /// [`LedgerError`].
-    pub fn counter(&self, key: KeyId, day: Day, lane: Lane) -> Result<Counter, LedgerError> {
+    pub fn issuer_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Issuer>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, KEY_DIGESTS, None);
+        let found = table.get(digest)?;
+        let id = found.filter(|found| found.value().0 == KEY_KIND_ISSUER).map(|found| *found.value().1);
+        id.map(|id| self.issuer(IssuerId::from_bytes(id))).transpose().map(Option::flatten)
+    }
+
+    /// One issuer key.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn issuer(&self, id: IssuerId) -> Result<Option<Issuer>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, ISSUERS, None);
+        let found = table.get(id.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// Issuer keys, newest first.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn issuers(
+        &self,
+        after: Option<IssuerId>,
+        limit: usize,
+    ) -> Result<Page<Issuer, IssuerId>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, ISSUERS, Page { items: Vec::new(), next: None });
+        let end = after.map_or([255; 16], |id| *id.as_bytes());
+        let mut rows = table.range::<&[u8; 16]>(..&end)?.rev().map(|found| row::decode(found?.1.value()));
+        page(&mut rows, limit, |issuer: &Issuer| issuer.id, |_| true)
+    }
+
+    /// Why a budget is stopped, if it is.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn stopped_budget(&self, budget: BudgetId) -> Result<Option<BudgetRow>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, BUDGETS, None);
+        let found = table.get(budget.as_bytes())?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
+    }
+
+    /// A subject's counter of one day, or of all days, in one lane.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn counter(&self, subject: Subject, day: Day, lane: Lane) -> Result<Counter, LedgerError> {
         let txn = self.read()?;
         let table = open_or!(txn, COUNTERS, Counter::default());
-        let (kind, id, day, lane) = row::counter_key(&Subject::Key(key), day, lane);
+        let (kind, id, day, lane) = row::counter_key(&subject, day, lane);
         let found = table.get((kind, &id, day, lane))?;
         Ok(found.map(|bytes| row::decode(bytes.value())).transpose()?.unwrap_or_default())
     }
@@ -405,7 +465,9 @@ fn matches_call(filter: &CallFilter, call: &Call) -> bool {
 fn matches_record(filter: &AuditFilter, record: &Map<String, Value>) -> bool {
     let text = |field: &str| record.get(field).and_then(Value::as_str);
     let at = text("at").and_then(UnixMs::parse).unwrap_or_default();
-    filter.since.is_none_or(|since| at >= since)
+    let under_prefix = |prefix: &String| text("label").is_some_and(|label| label.starts_with(prefix));
+    filter.label_prefix.as_ref().is_none_or(under_prefix)
+        && filter.since.is_none_or(|since| at >= since)
         && filter.until.is_none_or(|until| at < until)
         && filter.equal.iter().all(|(field, wanted)| text(field) == Some(wanted))
         && filter.within.iter().all(|(field, name, wanted)| {

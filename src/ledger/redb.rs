@@ -1,5 +1,6 @@
 //! The ledger in one redb file: load, ask the rules, store, in one write transaction for each batch.
 
+mod grants;
 pub(crate) mod tx;
 pub(crate) mod upkeep;
 
@@ -61,9 +62,35 @@ pub struct RedbStore {
 
 impl RedbStore {
     pub(crate) fn open_file(path: &Path, opening: &Opening) -> Result<Self, LedgerError> {
-        make_private(path)
-            .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", path.display())))?;
+        let failed = |error| LedgerError::Unavailable(format!("{}: {error}", path.display()));
+        if !path.exists() {
+            Self::create_file(path, opening, failed)?;
+        }
+        make_private(path).map_err(failed)?;
         Self::prepare(Database::create(path)?, opening)
+    }
+
+    /// Makes a ledger under a name of its own, and gives it its name when it is whole: a file that was cut short while
+    /// it was made could never be opened again.
+    fn create_file(
+        path: &Path,
+        opening: &Opening,
+        failed: impl Fn(std::io::Error) -> LedgerError,
+    ) -> Result<(), LedgerError> {
+        let fresh = path.with_extension(format!("{}.new", opening.fresh_id));
+        make_private(&fresh).map_err(&failed)?;
+        drop(Self::prepare(Database::create(&fresh)?, opening)?);
+        match std::fs::hard_link(&fresh, path) {
+            Ok(()) => std::fs::remove_file(&fresh).map_err(&failed)?,
+            // Whoever was faster keeps its own.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                std::fs::remove_file(&fresh).map_err(&failed)?;
+            }
+            // Not every file system has links.
+            Err(_) => std::fs::rename(&fresh, path).map_err(&failed)?,
+        }
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
     }
 
     pub(crate) fn open_backend(backend: impl StorageBackend, opening: &Opening) -> Result<Self, LedgerError> {
@@ -259,9 +286,12 @@ fn refuse_command(command: Command, error: &LedgerError) {
     match command {
         Command::Admit { reply, .. } => tell(reply, error),
         Command::RevokeKey { reply, .. } => tell(reply, error),
+        Command::RevokeIssuer { reply, .. } => tell(reply, error),
+        Command::ResumeBudget { reply, .. } => tell(reply, error),
         Command::Bind { reply, .. } => tell(reply, error),
         Command::LowerClock { reply, .. } => tell(reply, error),
         Command::Resolve { reply, .. }
+        | Command::CreateIssuer { reply, .. }
         | Command::Observe { reply, .. }
         | Command::Refused { reply, .. }
         | Command::Record { reply, .. }
@@ -282,8 +312,17 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
         Command::Resolve { hold_id, call_id, resolve, reply } => {
             answer(reply, tx.resolve(hold_id, call_id, &resolve, boot, now))
         }
-        Command::Observe { object, facts, record, reply } => {
-            answer(reply, tx.observe(&object, &facts, record, now))
+        Command::CreateIssuer { issuer, actor, reply } => {
+            answer(reply, tx.create_issuer(&issuer, &actor, now))
+        }
+        Command::RevokeIssuer { issuer_id, actor, reply } => {
+            answer(reply, tx.revoke_issuer(issuer_id, &actor, now))
+        }
+        Command::ResumeBudget { issuer, name, reason, actor, reply } => {
+            answer(reply, tx.resume_budget(issuer, &name, &reason, &actor, now))
+        }
+        Command::Observe { account, object, facts, record, reply } => {
+            answer(reply, tx.observe(&account, &object, &facts, record, now))
         }
         Command::Refused { key_id, facts, refusal, duration_ms, reply } => {
             answer(reply, tx.refused(key_id, &facts, &refusal, duration_ms, now))

@@ -5,6 +5,8 @@
 //! | `meta` | name | see [`meta`] |
 //! | `keys` | key id | [`crate::key::Key`] |
 //! | `key_digests` | SHA-256 of the secret | kind byte ([`KEY_KIND_VAULT`]), id |
+//! | `issuers` | issuer id | [`crate::issuer::Issuer`] |
+//! | `budgets` | digest of issuer and name | [`BudgetRow`], while the budget is stopped |
 //! | `calls` | identity | [`crate::call::Call`] |
 //! | `call_ids` | call id | identity |
 //! | `answers` | call id | [`crate::call::StoredAnswer`] |
@@ -14,7 +16,7 @@
 //! | `due` | instant (ms), kind, id | nothing: when to look at it again |
 //! | `audit` | seq | SHA-256, then the hashed bytes |
 //! | `audit_last` | call id | seq of the call's last event; follows `audit` by a cursor |
-//! | `refusals` | key id, code, minute | [`RefusalRow`]: equal refusals that are not recorded one by one |
+//! | `refusals` | key id, code and what it was about, minute | [`RefusalRow`]: equal refusals that are not recorded one by one |
 //!
 //! Ids are big-endian, so tables are in the order of time. Every value that is not an id starts with a version byte;
 //! the rest is CBOR with numbered fields, to which later versions may add.
@@ -60,6 +62,8 @@ pub(crate) type Id = &'static [u8; 16];
 pub(crate) const META: TableDefinition<'_, &str, Bytes> = TableDefinition::new("meta");
 pub(crate) const KEYS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("keys");
 pub(crate) const KEY_DIGESTS: TableDefinition<'_, &[u8; 32], (u8, Id)> = TableDefinition::new("key_digests");
+pub(crate) const ISSUERS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("issuers");
+pub(crate) const BUDGETS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("budgets");
 pub(crate) const CALLS: TableDefinition<'_, &[u8; 32], Bytes> = TableDefinition::new("calls");
 pub(crate) const CALL_IDS: TableDefinition<'_, Id, &[u8; 32]> = TableDefinition::new("call_ids");
 pub(crate) const ANSWERS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("answers");
@@ -73,6 +77,8 @@ pub(crate) const REFUSALS: TableDefinition<'_, (Id, &str, u64), Bytes> = TableDe
 
 /// In `key_digests`: the id is a vault key's.
 pub const KEY_KIND_VAULT: u8 = 0;
+/// In `key_digests`: the id is an issuer key's.
+pub const KEY_KIND_ISSUER: u8 = 1;
 /// In `due`: look at a call.
 pub const DUE_CALL: u8 = 0;
 /// In `due`: look at a key.
@@ -107,6 +113,20 @@ pub struct KillSwitchRow {
     /// The operator's reason.
     #[n(1)]
     pub reason: String,
+}
+
+/// Why a budget is stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct BudgetRow {
+    /// Since when.
+    #[n(0)]
+    pub since: crate::time::UnixMs,
+    /// The budget's name.
+    #[n(1)]
+    pub name: String,
+    /// The code of the refusal that stopped it.
+    #[n(2)]
+    pub code: String,
 }
 
 /// Where the kept part of the chain begins.
@@ -154,10 +174,14 @@ pub fn decode<T: for<'b> Decode<'b, ()>>(bytes: &[u8]) -> Result<T, LedgerError>
 
 /// The key of a counter.
 pub(crate) fn counter_key(subject: &Subject, day: Day, lane: Lane) -> (u8, [u8; 16], u32, u8) {
-    let Subject::Key(id) = subject;
+    let (kind, id) = match subject {
+        Subject::Key(id) => (0, *id.as_bytes()),
+        Subject::Issuer(id) => (1, *id.as_bytes()),
+        Subject::Budget(id) => (2, *id.as_bytes()),
+    };
     let lane = match lane {
         Lane::In => 0,
         Lane::Out => 1,
     };
-    (KEY_KIND_VAULT, *id.as_bytes(), day.number(), lane)
+    (kind, id, day.number(), lane)
 }

@@ -5,6 +5,7 @@
 //! transaction or not at all.
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
 
+pub mod limits;
 pub mod resolve;
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
@@ -12,15 +13,16 @@ use crate::call::{
     ATTEMPTS_MAX, Attempt, Call, CallState, KeyBasis, RETRY_DECLINED_AFTER_MS, StoredAnswer,
     first_difference, stamp, upstream_key,
 };
-use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall, Subject};
+use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall};
 use crate::id::{BootId, CallId, HoldId};
 use crate::intent::{Claim, Intent, Verb};
+use crate::issuer::Issuer;
 use crate::key::{Idempotency, Key};
 use crate::ledger::counter::{Contradiction, Counters};
 use crate::ledger::entry;
 use crate::money::{Currency, MicroUsd, Money};
-use crate::refusal::{CapFigures, CapKind, Code, Refusal};
-use crate::time::{Day, UnixMs};
+use crate::refusal::{Code, Refusal};
+use crate::time::UnixMs;
 
 /// Attempts and calls that a row remembers one by one.
 const TRAIL_MAX: usize = 16;
@@ -59,7 +61,13 @@ pub struct Loaded<'a> {
     pub object_hold: Option<&'a Hold>,
     /// The key that pays for that hold.
     pub owner: Option<&'a Key>,
-    /// The counters of key and owner: all days together, today, and the day of the object's hold; both lanes.
+    /// Who minted the key, when not the admin.
+    pub issuer: Option<&'a Issuer>,
+    /// Who minted the owner, when not the admin.
+    pub owner_issuer: Option<&'a Issuer>,
+    /// Whether the key's budget is stopped.
+    pub budget_stopped: bool,
+    /// The counters of the subjects of key and owner ([`limits::subjects_of`]) on the days of [`limits::days_of`]; both lanes.
     pub counters: &'a Counters,
 }
 
@@ -102,9 +110,13 @@ pub fn admit(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Verdict {
 
 fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Refusal> {
     state.key.alive(now)?;
+    if state.issuer.is_some_and(|issuer| issuer.revoked_at.is_some()) {
+        return Err(issuer_revoked());
+    }
     if state.kill_switch {
         return Err(kill_switch());
     }
+    object_keeps_constraints(state, &command.intent)?;
     let attempt = match same_call(state, &command.intent, now)? {
         Same::Replay(call) => return Ok(replay(state, command, call, now)),
         Same::Resend(call, hold) => return resend(state, command, call, hold, now),
@@ -112,9 +124,43 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
         Same::Again(call, n) => NewAttempt { call: Some(call), n },
     };
     let reserve = price(state, &command.intent)?;
-    fits(state, &reserve, now)?;
+    if state.budget_stopped {
+        return Err(budget_stopped(state.key));
+    }
+    limits::fits(state, &reserve, now)?;
     // From here it succeeds.
     Ok(send(state, command, &attempt, &reserve, now))
+}
+
+/// The refusal of a key whose issuer was revoked: it may not outlive it.
+pub fn issuer_revoked() -> Refusal {
+    Refusal::new(Code::VaultKeyRevoked, "The issuer key that minted this vault key was revoked.")
+}
+
+fn budget_stopped(key: &Key) -> Refusal {
+    let name = key.budget.as_deref().unwrap_or_default();
+    Refusal::new(
+        Code::BudgetStopped,
+        format!("The budget '{name}' was stopped by a cap refusal; an operator has to resume it."),
+    )
+}
+
+/// Constraints that the request left open are kept by the object's own fields, or refuse the call.
+fn object_keeps_constraints(state: &Loaded<'_>, intent: &Intent) -> Result<(), Refusal> {
+    for constraint in &intent.open_constraints {
+        let value = state.object_hold.and_then(|hold| hold.own_field(&constraint.param));
+        if !value.is_some_and(|value| constraint.rule.admits(&value)) {
+            return Err(Refusal::of_param(
+                Code::ParameterNotAllowed,
+                constraint.param.as_str(),
+                format!(
+                    "'{}' is constrained by this key, and neither the call nor its object keeps that.",
+                    constraint.param
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The refusal while everything is stopped.
@@ -264,7 +310,7 @@ fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal
     };
     match &intent.claim {
         Claim::Create { lane, money, usd } => {
-            one_call_fits(state.key, *usd)?;
+            limits::one_call_fits(state.key, *usd)?;
             Ok(new(*lane, *money, *usd))
         }
         Claim::Unpriced if state.key.is_uncapped() => Ok(Reserve {
@@ -283,7 +329,7 @@ fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal
             let money = Money { minor: *minor, currency };
             let usd =
                 money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
-            one_call_fits(state.key, usd)?;
+            limits::one_call_fits(state.key, usd)?;
             Ok(new(Lane::Out, money, usd))
         }
         Claim::Use { object, verb, minor } => {
@@ -315,7 +361,7 @@ fn price_use<'a>(
         HoldState::Open => {
             let more = usd.saturating_sub(hold.usd);
             // An increment costs what it adds; confirm and capture move all of it.
-            one_call_fits(state.key, if verb == Verb::Increment { more } else { usd })?;
+            limits::one_call_fits(state.key, if verb == Verb::Increment { more } else { usd })?;
             Ok(Reserve {
                 on: Some(hold),
                 payer: state.owner.unwrap_or(state.key),
@@ -329,7 +375,7 @@ fn price_use<'a>(
         }
         // Declined before, or done: whatever this call does is held anew, by the key that makes it.
         HoldState::Void | HoldState::Spent => {
-            one_call_fits(state.key, usd)?;
+            limits::one_call_fits(state.key, usd)?;
             Ok(Reserve {
                 on: None,
                 payer: state.key,
@@ -356,84 +402,13 @@ fn amount_unknown(why: &str) -> Refusal {
     Refusal::new(Code::AmountUnknown, format!("{why}. Nothing was sent."))
 }
 
-/// The limit of one call, which needs no running totals.
-///
-/// # Errors
-/// `spend_cap_exceeded` with cap `per_request`.
-pub fn one_call_fits(key: &Key, usd: MicroUsd) -> Result<(), Refusal> {
-    match key.caps.per_request {
-        Some(limit) if usd > limit => Err(Refusal::over_cap(CapFigures {
-            cap: CapKind::PerRequest,
-            limit,
-            spent: MicroUsd::ZERO,
-            held: MicroUsd::ZERO,
-            requested: usd,
-            resets_at: None,
-        })),
-        Some(_) | None => Ok(()),
-    }
-}
-
-fn fits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Result<(), Refusal> {
-    let key = reserve.payer;
-    let subject = Subject::Key(key.id);
-    let whole_life = key.lives_a_day_or_less();
-    let day = reserve.on.map_or(now.day(), |hold| hold.day);
-    let window = if whole_life { Day::TOTAL } else { day };
-    // A hold of an earlier day stays counted on that day, which does not come again.
-    let resets_at = (!whole_life && day == now.day()).then(|| day.end());
-    // A key that may spend and has no figure was not meant to: only `uncapped` lifts a cap.
-    let limit_of = |cap: Option<MicroUsd>| if key.caps.uncapped { cap } else { cap.or(Some(MicroUsd::ZERO)) };
-    let limits = match reserve.lane {
-        Lane::In => vec![
-            (CapKind::Daily, limit_of(key.caps.daily), window, resets_at),
-            (CapKind::Total, key.caps.total, Day::TOTAL, None),
-        ],
-        Lane::Out => vec![(CapKind::DailyOut, limit_of(key.caps.daily_out), window, resets_at)],
-    };
-    let tightest = limits
-        .into_iter()
-        .filter_map(|(cap, limit, day, resets_at)| {
-            let limit = limit?;
-            let counter = state.counters.of(subject, day, reserve.lane);
-            let room = limit.saturating_sub(counter.counted());
-            let over = reserve.more > room || counter.counted() > limit;
-            let figures = CapFigures {
-                cap,
-                limit,
-                spent: counter.spent,
-                held: counter.held_and_doubt(),
-                requested: reserve.more,
-                resets_at,
-            };
-            (over && reserve.more > MicroUsd::ZERO).then_some((room, figures))
-        })
-        .min_by_key(|(room, _)| *room);
-    if let Some((_, figures)) = tightest {
-        return Err(Refusal::over_cap(figures));
-    }
-    calls_fit(state, reserve)
-}
-
-fn calls_fit(state: &Loaded<'_>, reserve: &Reserve<'_>) -> Result<(), Refusal> {
-    let (Some(max), None) = (reserve.payer.caps.max_calls, reserve.on) else { return Ok(()) };
-    let made: u64 = [Lane::In, Lane::Out]
-        .map(|lane| state.counters.of(Subject::Key(reserve.payer.id), Day::TOTAL, lane).calls)
-        .iter()
-        .fold(0, |sum, calls| sum.saturating_add(*calls));
-    if made >= max {
-        let message = format!("This key may make {max} money calls, and has made {made}.");
-        return Err(Refusal::new(Code::CallLimitExceeded, message));
-    }
-    Ok(())
-}
-
 fn replay(state: &Loaded<'_>, command: &Admit, call: &Call, now: UnixMs) -> Verdict {
     let audit = Entry {
         call_id: Some(call.id.to_string()),
         decision: Some(Decision::Replayed),
         outcome: Some(RecordedOutcome::None),
         object_id: call.object_id.clone(),
+        idempotency_key: call.last_attempt().and_then(|attempt| attempt.upstream_key.clone()),
         duration_ms: Some(command.duration_ms),
         ..entry::of_request(now, Event::Replayed, state.key, &command.intent.facts)
     };
@@ -568,7 +543,7 @@ fn held(
         state: HoldState::Sending { boot: command.boot },
         lane: reserve.lane,
         day: reserve.on.map_or(now.day(), |hold| hold.day),
-        subjects: vec![Subject::Key(reserve.payer.id)],
+        subjects: reserve.on.map_or_else(|| limits::subjects_of(reserve.payer), |hold| hold.subjects.clone()),
         currency: reserve.currency,
         minor: reserve.minor,
         usd: reserve.usd,
@@ -579,6 +554,11 @@ fn held(
         live: Some(live),
         calls,
         aliases: of_object.map(|hold| hold.aliases.clone()).unwrap_or_default(),
+        account: command.intent.request.account.clone().unwrap_or_default(),
+        customer: of_object
+            .and_then(|hold| hold.customer.clone())
+            .or_else(|| command.intent.facts.customer.clone()),
+        object_over: false,
     }
 }
 

@@ -9,7 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::audit::Entry;
 use crate::call::Record;
 use crate::hold::Facts;
-use crate::id::{CallId, HoldId, KeyId};
+use crate::id::{CallId, HoldId, IssuerId, KeyId};
+use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
@@ -31,7 +32,10 @@ pub type Reply<T> = oneshot::Sender<Result<T, LedgerError>>;
 pub enum Command {
     Admit { key_id: KeyId, admit: Box<Admit>, reply: Reply<Admitted> },
     Resolve { hold_id: HoldId, call_id: CallId, resolve: Box<Resolve>, reply: Reply<()> },
-    Observe { object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
+    CreateIssuer { issuer: Box<Issuer>, actor: Actor, reply: Reply<()> },
+    RevokeIssuer { issuer_id: IssuerId, actor: Actor, reply: Reply<Issuer> },
+    ResumeBudget { issuer: Option<IssuerId>, name: String, reason: String, actor: Actor, reply: Reply<bool> },
+    Observe { account: String, object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
     Refused { key_id: KeyId, facts: Box<Facts>, refusal: Box<Refusal>, duration_ms: u64, reply: Reply<()> },
     Record { entry: Box<Entry>, reply: Reply<()> },
     IssueKey { key: Box<Key>, actor: Actor, reply: Reply<()> },

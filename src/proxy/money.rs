@@ -11,8 +11,9 @@ use crate::call::{self, Estate, Outcome, Reading as Meaning, StoredAnswer};
 use crate::id::{CallId, HoldId};
 use crate::intent::{Claim, Intent};
 use crate::key::Key;
+use crate::ledger::rules::Admit;
+use crate::ledger::rules::limits::one_call_fits;
 use crate::ledger::rules::resolve::Resolve;
-use crate::ledger::rules::{Admit, one_call_fits};
 use crate::ledger::{Admitted, Held, entry};
 use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
 use crate::proxy::reply::{
@@ -146,7 +147,8 @@ impl Proxy {
         };
         self.metrics.decided("forwarded", "");
         let call_id = held.call_id();
-        let sent = self.timed(course, self.forwarder.send_held(&held, course.deadline)).await;
+        let sent =
+            self.timed(course, self.forwarder.send_held(&held, self.ledger.now(), course.deadline)).await;
         let reply = self.settle(course, key, intent, held, sent).await;
         Ok(Led { reply, shared: true, call_id })
     }

@@ -184,13 +184,14 @@ pub fn request<'a>(
         params,
         caller_key,
         version,
+        account: header(headers, &STRIPE_ACCOUNT)?,
         request_id,
     })
 }
 
-/// Whether the request names a connected account.
-pub fn names_account(headers: &HeaderMap) -> bool {
-    headers.contains_key(STRIPE_ACCOUNT) || headers.contains_key(STRIPE_CONTEXT)
+/// Whether the request names an account in the newer way, which reaches further than one connected account.
+pub fn names_context(headers: &HeaderMap) -> bool {
+    headers.contains_key(STRIPE_CONTEXT)
 }
 
 fn params(head: &Parts, body: &Bytes) -> Result<Params, Refusal> {

@@ -12,8 +12,14 @@ mod caps;
 #[cfg(test)]
 mod first;
 #[cfg(test)]
+mod grants;
+#[cfg(test)]
+mod ledger;
+#[cfg(test)]
 mod objects;
 #[cfg(test)]
 mod outcomes;
 #[cfg(test)]
 mod same_call;
+#[cfg(test)]
+mod tidy;

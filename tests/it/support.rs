@@ -97,7 +97,12 @@ pub(crate) async fn world() -> (Standin, Sidecar) {
 
 /// The same with settings such as `("UPSTREAM_TIMEOUT_MS", "1000")`.
 pub(crate) async fn world_with(settings: &[(&str, &str)]) -> (Standin, Sidecar) {
-    let standin = Standin::start(Options::default());
+    world_of(Options::default(), settings).await
+}
+
+/// The same in front of a stand-in with options of its own.
+pub(crate) async fn world_of(options: Options, settings: &[(&str, &str)]) -> (Standin, Sidecar) {
+    let standin = Standin::start(options);
     let dir = tempfile::tempdir().unwrap();
     let mut env = environment(standin.addr(), dir.path());
     for (name, value) in settings {
@@ -245,8 +250,13 @@ impl Sidecar {
 
     /// One JSON request with the admin key.
     pub(crate) async fn admin(&self, method: &str, path: &str, body: Option<&Value>) -> Reply {
+        self.json(method, path, ADMIN_KEY, body).await
+    }
+
+    /// One JSON request with a bearer.
+    pub(crate) async fn json(&self, method: &str, path: &str, bearer: &str, body: Option<&Value>) -> Reply {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
-        let mut request = self.http.request(method, format!("{}{path}", self.base)).bearer_auth(ADMIN_KEY);
+        let mut request = self.http.request(method, format!("{}{path}", self.base)).bearer_auth(bearer);
         if let Some(body) = body {
             request = request.json(body);
         }

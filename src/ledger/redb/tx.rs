@@ -4,24 +4,24 @@ use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 use redb::{ReadableTable, WriteTransaction};
 use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
 
 use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
 use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
-use crate::hold::{Facts, Hold, HoldState, Lane, Subject};
-use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
+use crate::hold::{Facts, Hold, HoldState, Lane};
+use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId, hex};
 use crate::intent::Claim;
 use crate::key::Key;
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
 use crate::ledger::row::{
-    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS,
-    KEY_DIGESTS, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS,
-    RefusalRow, meta,
+    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
+    KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
-use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict};
+use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict, limits};
 use crate::ledger::{Actor, LedgerError, Opening, entry};
 use crate::refusal::Refusal;
-use crate::time::{DAY_MS, Day, UnixMs};
+use crate::time::UnixMs;
 
 /// One minute, the window in which equal refusals are counted together.
 pub(super) const MINUTE_MS: u64 = 60_000;
@@ -212,30 +212,6 @@ impl<'t> Tx<'t> {
         found.map(|bytes| row::decode(bytes.value())).transpose()
     }
 
-    fn put_key(&mut self, key: &Key) -> Result<(), LedgerError> {
-        self.wrote = true;
-        self.txn.open_table(KEYS)?.insert(key.id.as_bytes(), row::encode(key).as_slice())?;
-        Ok(())
-    }
-
-    pub(super) fn issue_key(&mut self, key: &Key, actor: &Actor, now: UnixMs) -> Result<(), LedgerError> {
-        self.put_key(key)?;
-        self.txn.open_table(KEY_DIGESTS)?.insert(&key.digest, (KEY_KIND_VAULT, key.id.as_bytes()))?;
-        let look_at = key.expires_at.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS));
-        self.put_due(look_at, DUE_KEY, key.id.as_bytes())?;
-        self.append(&entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
-    }
-
-    pub(super) fn revoke_key(&mut self, id: KeyId, actor: &Actor, now: UnixMs) -> Result<Key, LedgerError> {
-        let mut key = self.key(id)?.ok_or(LedgerError::NotFound)?;
-        if key.revoked_at.is_none() {
-            key.revoked_at = Some(now);
-            self.put_key(&key)?;
-            self.append(&entry::of_admin(now, Event::KeyRevoked, &actor.0, Some(&key), Map::new()))?;
-        }
-        Ok(key)
-    }
-
     // --- calls, holds, objects, counters
 
     fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
@@ -304,10 +280,10 @@ impl<'t> Tx<'t> {
         Ok(None)
     }
 
-    fn hold_of_object(&self, object: &str) -> Result<Option<Hold>, LedgerError> {
+    fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
         let id = {
             let table = self.txn.open_table(OBJECTS)?;
-            table.get(("", object))?.map(|id| HoldId::from_bytes(*id.value()))
+            table.get((account, object))?.map(|id| HoldId::from_bytes(*id.value()))
         };
         id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
@@ -344,19 +320,25 @@ impl<'t> Tx<'t> {
         let call_hold = call.as_ref().map(|call| self.hold(call.hold_id)).transpose()?.flatten();
         let answer_kept = call.as_ref().map(|call| self.has_answer(call.id)).transpose()?.unwrap_or(false);
         let object_hold = match &admit.intent.claim {
-            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => self.hold_of_object(object)?,
+            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => {
+                let account = admit.intent.request.account.as_deref().unwrap_or_default();
+                self.hold_of_object(account, object)?
+            }
             Claim::Create { .. } | Claim::Unpriced => None,
         };
         let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
         let mut counters = Counters::default();
         for payer in [Some(&key), owner.as_ref()].into_iter().flatten() {
-            let days = [Some(Day::TOTAL), Some(now.day()), object_hold.as_ref().map(|hold| hold.day)];
-            for day in days.into_iter().flatten() {
-                for lane in [Lane::In, Lane::Out] {
-                    self.load_counter(&mut counters, (Subject::Key(payer.id), day, lane))?;
+            for day in limits::days_of(payer, object_hold.as_ref(), now) {
+                for subject in limits::subjects_of(payer) {
+                    for lane in [Lane::In, Lane::Out] {
+                        self.load_counter(&mut counters, (subject, day, lane))?;
+                    }
                 }
             }
         }
+        let issuer = self.issuer_of(&key)?;
+        let owner_issuer = owner.as_ref().map(|owner| self.issuer_of(owner)).transpose()?.flatten();
         let loaded = Loaded {
             key: &key,
             kill_switch,
@@ -366,6 +348,9 @@ impl<'t> Tx<'t> {
             answer_kept,
             object_hold: object_hold.as_ref(),
             owner: owner.as_ref(),
+            issuer: issuer.as_ref(),
+            owner_issuer: owner_issuer.as_ref(),
+            budget_stopped: self.is_stopped(&key)?,
             counters: &counters,
         };
         let verdict = rules::admit(&loaded, admit, now);
@@ -393,19 +378,24 @@ impl<'t> Tx<'t> {
         for other in resolve::others_of(&hold) {
             others.extend(self.call_by_id(other)?);
         }
-        let state = InFlight { hold: &hold, call: &call, others: &others, key: &key, owner: &owner };
+        let known =
+            command.objects.first().map(|object| self.hold_of_object(&hold.account, object)).transpose()?;
+        let object_over = known.flatten().is_some_and(|known| known.id != hold.id && known.object_over);
+        let state =
+            InFlight { hold: &hold, call: &call, others: &others, key: &key, owner: &owner, object_over };
         let effects = resolve::resolve(&state, command, now);
         self.write(&effects, now)
     }
 
     pub(super) fn observe(
         &mut self,
+        account: &str,
         object: &str,
         facts: &Facts,
         record: Record,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        let Some(hold) = self.hold_of_object(object)? else { return Ok(()) };
+        let Some(hold) = self.hold_of_object(account, object)? else { return Ok(()) };
         let mut calls = Vec::new();
         for id in &hold.calls {
             calls.extend(self.call_by_id(*id)?);
@@ -433,7 +423,11 @@ impl<'t> Tx<'t> {
             }
         }
         rules::shift(&mut counters, effects)?;
-        // From here it succeeds, or the whole batch is gone.
+        // From here it succeeds, or the whole batch is gone: half of it must never be committed.
+        self.store(&counters, effects, now).map_err(|error| LedgerError::Unavailable(error.to_string()))
+    }
+
+    fn store(&mut self, counters: &Counters, effects: &Effects, now: UnixMs) -> Result<(), LedgerError> {
         self.wrote = true;
         for ((subject, day, lane), counter) in &counters.0 {
             let (kind, id, day, lane) = row::counter_key(subject, *day, *lane);
@@ -446,7 +440,8 @@ impl<'t> Tx<'t> {
         if let Some((was, is)) = &effects.hold {
             self.put_hold(was.as_ref(), is, now)?;
             for object in &effects.objects {
-                self.txn.open_table(OBJECTS)?.insert(("", object.as_str()), is.id.as_bytes())?;
+                let place = (is.account.as_str(), object.as_str());
+                self.txn.open_table(OBJECTS)?.insert(place, is.id.as_bytes())?;
             }
         }
         if let Some((call, answer)) = &effects.answer {
@@ -502,7 +497,8 @@ impl<'t> Tx<'t> {
         duration_ms: u64,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        let place = (key.id.as_bytes(), refusal.code.as_str(), now.millis() / MINUTE_MS);
+        let equal = format!("{}:{}", refusal.code.as_str(), hex(&subject_of(facts)));
+        let place = (key.id.as_bytes(), equal.as_str(), now.millis() / MINUTE_MS);
         let entry = entry::of_refusal(now, key, facts, refusal, duration_ms);
         let before: Option<RefusalRow> = {
             let table = self.txn.open_table(REFUSALS)?;
@@ -521,7 +517,7 @@ impl<'t> Tx<'t> {
         };
         self.wrote = true;
         self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
-        Ok(())
+        self.stop_budget(key, refusal, now)
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
@@ -559,6 +555,23 @@ fn stored_head(txn: &WriteTransaction) -> Result<Head, LedgerError> {
     Ok(Head { seq: seq.value(), hash, at: time_of(bytes)? })
 }
 
+/// What a refused request was about. Two that are about the same thing under one key are one in the log.
+fn subject_of(facts: &Facts) -> [u8; 8] {
+    let parts = [
+        Some(facts.method.as_str()),
+        Some(facts.endpoint.as_str()),
+        facts.customer.as_deref(),
+        facts.object_id.as_deref(),
+    ];
+    let mut hash = Sha256::new();
+    for part in parts.into_iter().flatten() {
+        hash.update(part);
+        hash.update([0]);
+    }
+    let digest: [u8; 32] = hash.finalize().into();
+    digest.first_chunk().copied().unwrap_or_default()
+}
+
 /// A stored record: its hash and the bytes that were hashed.
 pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), LedgerError> {
     stored.split_first_chunk::<32>().map(|(hash, bytes)| (*hash, bytes)).ok_or(LedgerError::Corrupt("record"))
@@ -569,26 +582,4 @@ pub(super) fn time_of(record: &[u8]) -> Result<UnixMs, LedgerError> {
     let corrupt = || LedgerError::Corrupt("record");
     let record: Map<String, Value> = serde_json::from_slice(record).map_err(|_| corrupt())?;
     record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).ok_or_else(corrupt)
-}
-
-/// The policy of a key for the record of its making: what stays known after the row is gone.
-fn policy_detail(key: &Key) -> Map<String, Value> {
-    let usd = |cap: Option<crate::money::MicroUsd>| cap.map_or(Value::Null, |cap| cap.to_string().into());
-    let grants: Vec<Value> = key.grants.iter().map(|grant| Value::from(grant.written.as_str())).collect();
-    [
-        ("allowed_endpoints", Value::from(grants)),
-        ("daily_usd_cap", usd(key.caps.daily)),
-        ("total_usd_cap", usd(key.caps.total)),
-        ("max_usd_per_request", usd(key.caps.per_request)),
-        ("daily_usd_out_cap", usd(key.caps.daily_out)),
-        ("max_calls", key.caps.max_calls.map_or(Value::Null, Value::from)),
-        ("uncapped", Value::from(key.caps.uncapped)),
-        ("idempotency", Value::from(key.idempotency.as_str())),
-        ("remember_days", Value::from(key.remember_days)),
-        ("client_secrets", Value::from(key.client_secrets)),
-        ("expires_at", Value::from(key.expires_at.to_string())),
-    ]
-    .into_iter()
-    .map(|(name, value)| (name.to_owned(), value))
-    .collect()
 }

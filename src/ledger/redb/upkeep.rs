@@ -52,7 +52,7 @@ impl Tx<'_> {
             if refusals.count > 0 {
                 let entry: Entry =
                     serde_json::from_str(&refusals.entry).map_err(|_| LedgerError::Corrupt("refusal"))?;
-                self.append(&Entry { count: Some(refusals.count), ..entry })?;
+                self.append(&Entry { at: now.to_string(), count: Some(refusals.count), ..entry })?;
             }
             self.wrote_rows();
             self.txn().open_table(REFUSALS)?.remove((&id, code.as_str(), minute))?;
@@ -125,11 +125,11 @@ impl Tx<'_> {
         self.txn().open_table(HOLDS)?.remove((PHASE_ENDED, id.as_bytes()))?;
         let mut objects = self.txn().open_table(OBJECTS)?;
         for object in hold.object_id.iter().chain(&hold.aliases) {
+            let place = (hold.account.as_str(), object.as_str());
             // The object may belong to a newer hold by now.
-            let ours =
-                objects.get(("", object.as_str()))?.is_some_and(|found| found.value() == id.as_bytes());
+            let ours = objects.get(place)?.is_some_and(|found| found.value() == id.as_bytes());
             if ours {
-                objects.remove(("", object.as_str()))?;
+                objects.remove(place)?;
             }
         }
         Ok(())

@@ -55,10 +55,18 @@ pub struct InFlight<'a> {
     pub key: &'a Key,
     /// The key that pays.
     pub owner: &'a Key,
+    /// Whether the object that the answer names is known to be over.
+    pub object_over: bool,
 }
 
 /// Settles, voids or doubts a hold by what its answer proves.
 pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects {
+    // An answer from before the object ended, given again under the same key: nothing of it can move any more.
+    let outdated = state.object_over && matches!(command.outcome, Outcome::Pending { .. });
+    if outdated {
+        let refused = Resolve { outcome: Outcome::Refused, objects: Vec::new(), ..command.clone() };
+        return resolve(&InFlight { object_over: false, ..*state }, &refused, now);
+    }
     let was = state.hold;
     let resent = state.call.last_attempt().is_some_and(|attempt| attempt.sends > 1);
     let mut change = Change::of(was, command.outcome);
@@ -323,6 +331,7 @@ pub fn observe(
     (bare.base, bare.live) = (None, None);
     let mut change = Change::of(&bare, outcome);
     change.hold.since = now;
+    change.hold.object_over = true;
     let touched = |call: &&Call| is_ended_by(call, hold);
     let drop_answers = match record {
         Record::Ended => calls.iter().filter(touched).map(|call| call.id).collect(),
@@ -356,6 +365,7 @@ pub fn forget_open(hold: &Hold, calls: &[Call], record: Record, now: UnixMs) -> 
         calls.iter().filter(|call| call.state == CallState::Open && is_ended_by(call, hold)).collect();
     let over = hold.state == HoldState::Void && record == Record::Ended && !open.is_empty();
     over.then(|| Effects {
+        hold: Some((Some(hold.clone()), Hold { object_over: true, ..hold.clone() })),
         drop_answers: open.iter().map(|call| call.id).collect(),
         calls: open.into_iter().map(|call| ended_call(call, CallState::NotExecuted, now, now)).collect(),
         ..Effects::default()

@@ -9,7 +9,7 @@ use crate::money::{Currency, Money, parse_amount};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::catalogue::Operation;
 use crate::vendor::stripe::form::{self, Params};
-use crate::vendor::stripe::rules::Priced;
+use crate::vendor::stripe::rules::{self, Priced};
 use crate::vendor::stripe::{METADATA_KEYS_MAX, STAMP_PARAM, VERSION_MAX, VERSION_MIN};
 
 /// The longest idempotency key, in bytes, as at Stripe.
@@ -30,6 +30,8 @@ pub struct Reading<'a> {
     pub caller_key: Option<String>,
     /// `Stripe-Version`.
     pub version: Option<String>,
+    /// `Stripe-Account`.
+    pub account: Option<String>,
     /// Our id for the request.
     pub request_id: &'a str,
 }
@@ -122,7 +124,7 @@ fn is_made_up(key: &str) -> bool {
 }
 
 /// What the records of a request say, money or not.
-pub fn facts(reading: &Reading<'_>) -> Facts {
+pub fn facts(reading: &Reading<'_>, key: &Key) -> Facts {
     let metadata = reading.params.pairs().iter().filter_map(|(name, value)| {
         let inner = name.strip_prefix("metadata[")?.strip_suffix(']')?;
         Some((inner.to_owned(), without_card_numbers(value)))
@@ -131,7 +133,8 @@ pub fn facts(reading: &Reading<'_>) -> Facts {
         request_id: reading.request_id.to_owned(),
         method: reading.operation.method.to_owned(),
         endpoint: reading.path.clone(),
-        idempotency_key: reading.caller_key.clone(),
+        // In content mode the caller's key is ignored, here too: an SDK made it up.
+        idempotency_key: reading.caller_key.clone().filter(|_| key.idempotency.minds_caller_key()),
         customer: reading.params.get("customer").filter(|value| !value.is_empty()).map(str::to_owned),
         object_id: reading.ids.last().cloned(),
         stripe_metadata: metadata.take(METADATA_KEYS_MAX).collect(),
@@ -185,18 +188,20 @@ pub fn intent(
         Some(priced) => claim(priced, reading)?,
         None => Claim::Unpriced,
     };
+    let account = reading.account.as_deref().unwrap_or_default();
+    let open_constraints = rules::keep_constraints(params, key, rules::Effect::of(priced))?;
     let (identity, basis) = identity(reading, priced, key, around)?;
     let compared: Vec<_> =
         params.pairs().iter().filter(|(name, _)| form::base(name) != "expand").cloned().collect();
     let (fingerprint, digests) =
-        call::fingerprint(around.salt, reading.operation.template, &reading.path, "", &compared);
+        call::fingerprint(around.salt, reading.operation.template, &reading.path, account, &compared);
     let metadata = params.pairs().iter().filter(|(name, _)| form::base(name) == "metadata").count();
     let takes_stamp =
         matches!(priced, Some(Priced::ChargeCreate | Priced::IntentCreate | Priced::RefundCreate));
     // `metadata=` stands for no metadata at all, and cannot stand beside an entry.
     let has_room = metadata < METADATA_KEYS_MAX && params.get("metadata").is_none();
     let stamped = around.stamp && takes_stamp && has_room;
-    let mut facts = facts(reading);
+    let mut facts = facts(reading, key);
     if facts.object_id.is_none() {
         facts.object_id = refunded(params).map(str::to_owned);
     }
@@ -212,12 +217,13 @@ pub fn intent(
             path: reading.path.clone(),
             params: params.pairs().to_vec(),
             version: reading.version.clone(),
-            account: None,
+            account: reading.account.clone(),
             idempotency_key: None,
         },
         stamp_param: stamped.then(|| STAMP_PARAM.to_owned()),
         facts,
         estate: around.estate.clone(),
+        open_constraints,
     })
 }
 
@@ -315,7 +321,13 @@ fn identity(
         })?;
         values.push((field, value));
     }
-    let identity = call::identity_of_content(around.estate, reading.operation.template, "", scope, &values);
+    let identity = call::identity_of_content(
+        around.estate,
+        reading.operation.template,
+        reading.account.as_deref().unwrap_or_default(),
+        scope,
+        &values,
+    );
     Ok((identity, KeyBasis::Content))
 }
 

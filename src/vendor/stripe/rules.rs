@@ -1,6 +1,6 @@
 //! What a key's grant means for an operation, and which parameters no grant opens.
 
-use crate::key::Key;
+use crate::key::{Constraint, Key};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::STAMP_PARAM;
 use crate::vendor::stripe::catalogue::{Class, Operation};
@@ -36,6 +36,16 @@ pub enum Effect {
     Priced(Priced),
     /// Money may move, and nobody knows how much.
     Unpriced,
+}
+
+impl Effect {
+    /// The effect of a money call.
+    pub const fn of(priced: Option<Priced>) -> Self {
+        match priced {
+            Some(priced) => Self::Priced(priced),
+            None => Self::Unpriced,
+        }
+    }
 }
 
 /// The pricing of an operation, where it has one.
@@ -132,13 +142,16 @@ const OVERTAKING_WORDS: &[&str] =
 ///
 /// # Errors
 /// `request_ambiguous`, `parameter_not_allowed` or `parameter_invalid`, naming the parameter and never its value.
-pub fn refuse_parameters(params: &Params, uncapped: bool) -> Result<(), Refusal> {
+pub fn refuse_parameters(params: &Params, key: &Key) -> Result<(), Refusal> {
+    let uncapped = key.is_uncapped();
     for (name, value) in params.pairs() {
         let base = form::base(name);
         let not_allowed =
             |why: &str| Err(Refusal::of_param(Code::ParameterNotAllowed, name, format!("'{name}' {why}.")));
-        if REDIRECTING_PARAMS.contains(&base) {
-            return not_allowed("sends money elsewhere, and no key grants that yet");
+        if REDIRECTING_PARAMS.contains(&base) && key.constraint_on(name).is_none() {
+            return not_allowed(
+                "sends money elsewhere, and the key does not say where it may go (constraints)",
+            );
         }
         if form::words(name).any(|word| NUMBER_WORDS.contains(&word)) && base != "metadata" {
             return not_allowed(
@@ -173,6 +186,56 @@ pub fn refuse_credentials(params: &Params) -> Result<(), Refusal> {
             format!("'{name}' in the parameters could be taken for a credential or a method."),
         )),
     }
+}
+
+/// Refuses a call that breaks a constraint of its key, and names the constraints that it leaves to its object.
+///
+/// A read is bound only by what it says itself; what it may reach is decided by its grant.
+///
+/// # Errors
+/// `parameter_not_allowed`, also for a constrained parameter that is absent.
+pub fn keep_constraints(params: &Params, key: &Key, effect: Effect) -> Result<Vec<Constraint>, Refusal> {
+    let mut open = Vec::new();
+    for constraint in &key.constraints {
+        let refuse = |why: &str| {
+            Err(Refusal::of_param(
+                Code::ParameterNotAllowed,
+                constraint.param.as_str(),
+                format!("'{}' {why}.", constraint.param),
+            ))
+        };
+        match (params.get(&constraint.param), effect) {
+            (Some(value), _) if constraint.rule.admits(value) => {}
+            (Some(_), _) => return refuse("is outside of what this key allows"),
+            (None, Effect::Priced(priced)) if priced.has_object() && object_tells(&constraint.param) => {
+                open.push(constraint.clone());
+            }
+            (None, Effect::Free | Effect::Cancel) => {}
+            (None, Effect::Priced(_) | Effect::Unpriced) => {
+                return refuse("is constrained by this key, so it must be given");
+            }
+        }
+    }
+    Ok(open)
+}
+
+impl Priced {
+    /// Whether the call is about an object that the ledger knows.
+    const fn has_object(self) -> bool {
+        match self {
+            Self::ChargeCreate | Self::IntentCreate => false,
+            Self::ChargeCapture
+            | Self::IntentConfirm
+            | Self::IntentCapture
+            | Self::IntentIncrement
+            | Self::RefundCreate => true,
+        }
+    }
+}
+
+/// Whether an object itself says what a parameter would.
+fn object_tells(param: &str) -> bool {
+    ["amount", "amount_to_capture", "amount_to_confirm", "currency", "customer"].contains(&param)
 }
 
 /// What an expandable field holds: the operation that reads it.
@@ -229,6 +292,31 @@ mod tests {
     use super::*;
     use crate::vendor::stripe::catalogue;
 
+    fn key(uncapped: bool) -> Key {
+        let zero = crate::time::UnixMs::default();
+        Key {
+            id: crate::id::KeyId::from_bytes([0; 16]),
+            digest: [0; 32],
+            label: String::new(),
+            vendor: String::new(),
+            grants: Vec::new(),
+            caps: crate::key::Caps { uncapped, ..crate::key::Caps::default() },
+            idempotency: crate::key::Idempotency::Client,
+            remember_days: 40,
+            client_secrets: false,
+            metadata: Vec::new(),
+            created_at: zero,
+            expires_at: zero,
+            revoked_at: None,
+            closed_at: None,
+            issuer: None,
+            budget: None,
+            constraints: Vec::new(),
+            accounts: Vec::new(),
+            stop_budget_on_refusal: false,
+        }
+    }
+
     fn operation(template: &str) -> &'static Operation {
         catalogue::all().iter().find(|operation| operation.template == template).unwrap()
     }
@@ -265,7 +353,7 @@ mod tests {
         let check = |text: &str, uncapped| {
             let params = Params::parse(text.as_bytes()).unwrap();
             refuse_credentials(&params)
-                .and_then(|()| refuse_parameters(&params, uncapped))
+                .and_then(|()| refuse_parameters(&params, &key(uncapped)))
                 .map_err(|refusal| (refusal.code, refusal.param.unwrap()))
         };
         for (text, code) in [

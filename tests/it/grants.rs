@@ -1,0 +1,307 @@
+//! What a key grants beyond operations and dollars: constraints, accounts, issuers and budgets.
+
+use serde_json::{Value, json};
+
+use crate::standin::Options;
+use crate::support::{Reply, Sidecar, world};
+
+/// A charge with these parameters beside the usual ones.
+async fn charge(sidecar: &Sidecar, key: &str, idempotency_key: &str, form: &[(&str, &str)]) -> Reply {
+    let mut all = vec![("currency", "usd"), ("source", "tok_visa")];
+    all.extend(form);
+    sidecar.call("POST", "/v1/charges", key, &[("idempotency-key", idempotency_key)], &all).await
+}
+
+async fn issuer(sidecar: &Sidecar, more: Value) -> (String, String) {
+    let mut bounds = json!({
+        "name": "billing flows",
+        "label_prefix": "kestra-",
+        "allowed_endpoints": ["POST /v1/charges", "GET /v1/charges/{id}"],
+        "max_cap_usd": 50,
+        "daily_usd_cap": 100,
+        "expires_in_seconds": 7200,
+        "max_expires_in_seconds": 3600,
+    });
+    for (name, value) in more.as_object().unwrap() {
+        bounds[name] = value.clone();
+    }
+    let reply = sidecar.admin("POST", "/admin/issuers", Some(&bounds)).await;
+    assert_eq!(reply.status, 201, "{}", reply.text);
+    let text = |field: &str| reply.body[field].as_str().unwrap().to_owned();
+    assert!(text("issuer_key").starts_with("ik_test_"));
+    (text("issuer_key"), text("id"))
+}
+
+fn policy(more: &Value) -> Value {
+    let mut policy = json!({
+        "label": "kestra-cus_9",
+        "vendor": "stripe",
+        "allowed_endpoints": ["POST /v1/charges"],
+        "daily_usd_cap": 32.99,
+        "expires_in_seconds": 600,
+    });
+    for (name, value) in more.as_object().unwrap() {
+        policy[name] = value.clone();
+    }
+    policy
+}
+
+#[tokio::test]
+async fn constraints_bind_what_is_sent_and_what_is_left_out() {
+    let (standin, sidecar) = world().await;
+    let constraints =
+        json!({"customer": ["cus_9"], "amount": {"min": 100, "max": 2999}, "currency": ["USD"]});
+    let (key, _) = sidecar.mint("1000", json!({"constraints": constraints})).await;
+    for (form, param) in [
+        (&[("amount", "2999"), ("customer", "cus_8")][..], "customer"),
+        (&[("amount", "2999")], "customer"),
+        (&[("amount", "2999"), ("customer", "")], "customer"),
+        (&[("amount", "3000"), ("customer", "cus_9")], "amount"),
+        (&[("amount", "29"), ("customer", "cus_9")], "amount"),
+    ] {
+        let reply = charge(&sidecar, &key, "k-1", form).await;
+        assert_eq!(reply.verdict(), (403, "parameter_not_allowed"), "{form:?}: {}", reply.text);
+        assert_eq!(reply.body["error"]["param"], param);
+        assert!(!reply.text.contains("cus_8"), "a value is never echoed");
+    }
+    assert_eq!(standin.executed().len(), 0);
+    let reply = charge(&sidecar, &key, "k-1", &[("amount", "2999"), ("customer", "cus_9")]).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+}
+
+#[tokio::test]
+async fn an_object_keeps_the_constraints_that_a_later_call_leaves_to_it() {
+    let (standin, sidecar) = world().await;
+    let endpoints = json!(["POST /v1/payment_intents", "POST /v1/payment_intents/{id}/confirm"]);
+    let (open, _) = sidecar.mint("1000", json!({"allowed_endpoints": endpoints})).await;
+    let mut intents = Vec::new();
+    for (key, customer) in [("a", "cus_9"), ("b", "cus_8")] {
+        let form = [
+            ("amount", "500"),
+            ("currency", "usd"),
+            ("customer", customer),
+            ("payment_method", "pm_card_visa"),
+        ];
+        let reply =
+            sidecar.call("POST", "/v1/payment_intents", &open, &[("idempotency-key", key)], &form).await;
+        intents.push(reply.body["id"].as_str().unwrap().to_owned());
+    }
+    let more = json!({"allowed_endpoints": endpoints, "constraints": {"customer": ["cus_9"]}});
+    let (bound, _) = sidecar.mint("1000", more).await;
+    let confirm = async |id: &str, key: &str| {
+        let path = format!("/v1/payment_intents/{id}/confirm");
+        sidecar.call("POST", &path, &bound, &[("idempotency-key", key)], &[]).await
+    };
+    let foreign = confirm(&intents[1], "c-2").await;
+    assert_eq!(foreign.verdict(), (403, "parameter_not_allowed"), "{}", foreign.text);
+    assert_eq!(standin.executed().len(), 0);
+    assert_eq!(confirm(&intents[0], "c-1").await.status, 200);
+    assert_eq!(standin.executed().len(), 1);
+}
+
+#[tokio::test]
+async fn money_goes_elsewhere_only_where_the_key_says_so() {
+    let (_standin, sidecar) = world().await;
+    let (plain, _) = sidecar.mint("1000", json!({})).await;
+    let more = json!({"constraints": {"transfer_data[destination]": ["acct_shop"]}});
+    let (bound, _) = sidecar.mint("1000", more).await;
+    let form = |to| [("amount", "500"), ("customer", "cus_9"), ("transfer_data[destination]", to)];
+    assert_eq!(
+        charge(&sidecar, &plain, "k", &form("acct_shop")).await.verdict(),
+        (403, "parameter_not_allowed")
+    );
+    assert_eq!(
+        charge(&sidecar, &bound, "k", &form("acct_other")).await.verdict(),
+        (403, "parameter_not_allowed")
+    );
+    let allowed = charge(&sidecar, &bound, "k", &form("acct_shop")).await;
+    assert_ne!(allowed.status, 403, "{}", allowed.text);
+}
+
+#[tokio::test]
+async fn a_connected_account_must_be_granted() {
+    let options = Options { connected: vec!["acct_shop".into(), "acct_other".into()], ..Options::default() };
+    let (standin, sidecar) = crate::support::world_of(options, &[]).await;
+    let (key, _) = sidecar.mint("1000", json!({"accounts": ["acct_shop"]})).await;
+    let form = [("amount", "500"), ("currency", "usd"), ("source", "tok_visa")];
+    let to = async |account: &str, idempotency_key: &str| {
+        let headers = [("idempotency-key", idempotency_key), ("stripe-account", account)];
+        sidecar.call("POST", "/v1/charges", &key, &headers, &form).await
+    };
+    assert_eq!(to("acct_other", "k-1").await.verdict(), (403, "account_not_allowed"));
+    let made = to("acct_shop", "k-1").await;
+    assert_eq!(made.status, 200, "{}", made.text);
+    assert_eq!(to("acct_shop", "k-1").await.header("idempotent-replayed"), Some("true"));
+    let own = sidecar.call("POST", "/v1/charges", &key, &[("idempotency-key", "k-1")], &form).await;
+    assert_eq!(own.verdict(), (400, "idempotency_error"), "the same key on another account is another call");
+    let context = sidecar.call("GET", "/v1/charges", &key, &[("stripe-context", "acct_shop")], &[]).await;
+    assert_eq!(context.status, 403);
+    assert_eq!(standin.executed().len(), 1);
+}
+
+#[tokio::test]
+async fn an_issuer_mints_within_its_bounds_and_nothing_else() {
+    let (_standin, sidecar) = world().await;
+    let (ik, _) =
+        issuer(&sidecar, json!({"constraints": {"currency": ["usd"]}, "max_usd_per_request": 40})).await;
+    let mint = async |more: Value| sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&more))).await;
+    for (more, param) in [
+        (json!({"label": "other-cus_9"}), "label"),
+        (json!({"allowed_endpoints": ["POST /v1/payment_intents"]}), "allowed_endpoints"),
+        (json!({"allowed_endpoints": ["GET /v1/charges/*"]}), "allowed_endpoints"),
+        (json!({"daily_usd_cap": 50.01}), "daily_usd_cap"),
+        (json!({"daily_usd_cap": "50.01"}), "daily_usd_cap"),
+        (json!({"total_usd_cap": 51}), "total_usd_cap"),
+        (json!({"max_usd_per_request": 40.01}), "max_usd_per_request"),
+        (json!({"daily_usd_cap": null, "uncapped": true}), "uncapped"),
+        (json!({"expires_in_seconds": 3601}), "expires_in_seconds"),
+        (json!({"constraints": {"currency": ["usd", "eur"]}}), "constraints"),
+        (json!({"accounts": ["acct_1"]}), "accounts"),
+        (json!({"client_secrets": true}), "client_secrets"),
+    ] {
+        let reply = mint(more.clone()).await;
+        assert_eq!(reply.verdict(), (403, "parameter_not_allowed"), "{more}: {}", reply.text);
+        assert_eq!(reply.body["error"]["param"], param, "{more}");
+    }
+    let made = mint(json!({})).await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    assert_eq!(made.body["max_usd_per_request"], "40.00", "what is left out is the issuer's");
+    assert_eq!(made.body["constraints"], json!({"currency": ["usd"]}));
+    for (method, path) in [
+        ("GET", "/admin/issuers"),
+        ("GET", "/admin/holds"),
+        ("GET", "/admin/kill_switch"),
+        ("POST", "/admin/issuers"),
+    ] {
+        let reply = sidecar.json(method, path, &ik, None).await;
+        assert_eq!(reply.verdict(), (403, "admin_key_required"), "{method} {path}");
+    }
+    let (_, others) = sidecar.mint("5", json!({"label": "kestra-of-the-admin"})).await;
+    let listed = sidecar.json("GET", "/admin/vault_keys", &ik, None).await;
+    assert_eq!(listed.body["data"].as_array().unwrap().len(), 1, "only its own: {}", listed.text);
+    let revoked = sidecar.json("DELETE", &format!("/admin/vault_keys/{others}"), &ik, None).await;
+    assert_eq!(revoked.status, 404, "another's key is out of reach");
+    let own = made.body["id"].as_str().unwrap();
+    assert_eq!(sidecar.json("DELETE", &format!("/admin/vault_keys/{own}"), &ik, None).await.status, 200);
+    let spend =
+        sidecar.call("POST", "/v1/charges", &ik, &[("idempotency-key", "k")], &[("amount", "1")]).await;
+    assert_eq!(spend.status, 401, "an issuer key charges nothing");
+}
+
+#[tokio::test]
+async fn keys_of_one_issuer_cannot_outspend_it_together() {
+    let (standin, sidecar) = world().await;
+    let (ik, id) = issuer(&sidecar, json!({"daily_usd_cap": 70})).await;
+    let mut codes = Vec::new();
+    for n in 0..4 {
+        let made = sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&json!({})))).await;
+        let key = made.body["vault_key"].as_str().unwrap().to_owned();
+        let reply = sidecar.charge(&key, &format!("k-{n}"), 3000, "cus_9").await;
+        codes.push(reply.status);
+        if reply.status == 429 {
+            assert_eq!(reply.body["error"]["cap"], "issuer", "{}", reply.text);
+        }
+    }
+    assert_eq!(codes, [200, 200, 429, 429]);
+    assert_eq!(standin.executed().len(), 2);
+    let shown = sidecar.admin("GET", &format!("/admin/issuers/{id}"), None).await;
+    assert_eq!(shown.body["spend"]["today"]["spent"], "60.00");
+    assert_eq!(shown.body["spend"]["today"]["remaining"], "10.00");
+}
+
+#[tokio::test]
+async fn revoking_an_issuer_ends_what_it_minted() {
+    let (standin, mut sidecar) = world().await;
+    let (ik, id) = issuer(&sidecar, json!({})).await;
+    let made = sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&json!({})))).await;
+    let key = made.body["vault_key"].as_str().unwrap().to_owned();
+    assert_eq!(sidecar.charge(&key, "k-1", 100, "cus_9").await.status, 200);
+    assert_eq!(sidecar.admin("DELETE", &format!("/admin/issuers/{id}"), None).await.status, 200);
+    for _ in 0..2 {
+        assert_eq!(sidecar.charge(&key, "k-2", 100, "cus_9").await.verdict(), (401, "vault_key_revoked"));
+        assert_eq!(sidecar.charge(&key, "k-1", 100, "cus_9").await.status, 401, "replays too");
+        let mint = sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&json!({})))).await;
+        assert_eq!(mint.status, 401);
+        sidecar.kill();
+        sidecar.restart().await;
+    }
+    assert_eq!(standin.executed().len(), 1);
+}
+
+#[tokio::test]
+async fn twenty_keys_of_one_budget_stay_under_one_cap() {
+    let (standin, sidecar) = world().await;
+    let (ik, _) = issuer(&sidecar, json!({"daily_usd_cap": 10000})).await;
+    let mut keys = Vec::new();
+    for _ in 0..20 {
+        let more = json!({"daily_usd_cap": 50, "budget": "july"});
+        let made = sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&more))).await;
+        keys.push(made.body["vault_key"].as_str().unwrap().to_owned());
+    }
+    let calls = (0..200).map(|n| {
+        let (key, sidecar) = (&keys[n % 20], &sidecar);
+        async move { sidecar.charge(key, &format!("k-{n}"), 100, &format!("cus_{n}")).await }
+    });
+    let replies = futures_of(calls).await;
+    let made = replies.iter().filter(|reply| reply.status == 200).count();
+    let refused = replies.iter().filter(|reply| reply.code() == "spend_cap_exceeded").count();
+    assert_eq!((made, refused), (50, 150));
+    assert!(
+        replies
+            .iter()
+            .filter(|reply| reply.status == 429)
+            .all(|reply| reply.body["error"]["cap"] == "budget")
+    );
+    assert_eq!(standin.executed().iter().map(|one| one.amount).sum::<u64>(), 5000);
+}
+
+#[tokio::test]
+async fn the_first_refusal_stops_a_budget_until_it_is_resumed() {
+    let (standin, mut sidecar) = world().await;
+    let more = json!({"budget": "july", "stop_budget_on_refusal": true});
+    let (first, _) = sidecar.mint("50", more.clone()).await;
+    assert_eq!(sidecar.charge(&first, "k-1", 1000, "cus_1").await.status, 200);
+    // The one with its amount a hundred times too high.
+    assert_eq!(sidecar.charge(&first, "k-2", 100_000, "cus_2").await.verdict(), (429, "spend_cap_exceeded"));
+    let stopped = (429, "budget_stopped");
+    assert_eq!(sidecar.charge(&first, "k-3", 1000, "cus_3").await.verdict(), stopped);
+    let (later, _) = sidecar.mint("50", more).await;
+    assert_eq!(sidecar.charge(&later, "k-4", 1000, "cus_4").await.verdict(), stopped, "keys made later too");
+    assert_eq!(sidecar.charge(&later, "k-1", 1000, "cus_1").await.status, 200, "replays pass");
+    sidecar.kill();
+    sidecar.restart().await;
+    let reply = sidecar.charge(&first, "k-5", 1000, "cus_5").await;
+    assert_eq!(reply.verdict(), stopped, "across restarts");
+    assert_eq!(reply.header("stripe-should-retry"), Some("false"));
+    let (other, _) = sidecar.mint("50", json!({"budget": "august"})).await;
+    assert_eq!(sidecar.charge(&other, "k-6", 1000, "cus_6").await.status, 200, "another budget goes on");
+    let path = "/admin/budgets/admin/july";
+    assert_eq!(sidecar.admin("GET", path, None).await.body["stopped"], true);
+    let reason = json!({"reason": "the price list was mended"});
+    let resumed = sidecar.admin("POST", &format!("{path}/resume"), Some(&reason)).await;
+    assert_eq!(resumed.body["stopped"], false, "{}", resumed.text);
+    assert_eq!(sidecar.charge(&first, "k-5", 1000, "cus_5").await.status, 200);
+    assert_eq!(standin.executed().len(), 3);
+    let events = sidecar.audit("events=all").await;
+    let of = |name: &str| events.iter().filter(|event| event["event"] == name).count();
+    assert_eq!((of("budget_stopped"), of("budget_resumed")), (1, 1));
+}
+
+/// Runs all at once and waits for all.
+async fn futures_of<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut waiting: Vec<_> = futures.map(|future| (Box::pin(future), None)).collect();
+    std::future::poll_fn(|context| {
+        for (future, output) in waiting.iter_mut().filter(|(_, output)| output.is_none()) {
+            if let std::task::Poll::Ready(ready) = future.as_mut().poll(context) {
+                *output = Some(ready);
+            }
+        }
+        if waiting.iter().all(|(_, output)| output.is_some()) {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+    waiting.into_iter().filter_map(|(_, output)| output).collect()
+}

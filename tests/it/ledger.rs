@@ -1,0 +1,9 @@
+//! The ledger: what every store must do, what random histories and crashes must leave of it.
+
+mod backend;
+mod crash;
+mod redb;
+mod sim;
+mod suite;
+mod table;
+mod world;

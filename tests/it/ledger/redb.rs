@@ -1,0 +1,110 @@
+//! The conformance suite on redb, and what only a file can do.
+
+use std::sync::Arc;
+
+use keybrake::call::Outcome;
+use keybrake::hold::Lane;
+use keybrake::ledger::{Ledger, LedgerError};
+use redb::{Database, TableDefinition};
+
+use crate::ledger::backend::File;
+use crate::ledger::suite::conformance;
+use crate::ledger::world::{Ask, Place, World, usd};
+
+/// A ledger in memory, so that the suite costs no syncs.
+fn in_memory() -> Place {
+    of_file(File::default())
+}
+
+fn of_file(file: File) -> Place {
+    Arc::new(move |opening| Ledger::open_backend(file.open(), opening))
+}
+
+/// A ledger in a file of this name. The handle before may take a moment to close.
+fn on_disk(path: std::path::PathBuf) -> Place {
+    Arc::new(move |opening| {
+        let mut tries = 0;
+        loop {
+            match Ledger::open(&path, opening.clone()) {
+                Err(LedgerError::Locked) if tries < 200 => tries += 1,
+                other => return other,
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    })
+}
+
+conformance!(in_memory);
+
+#[tokio::test]
+async fn a_file_is_kept_and_opened_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("keybrake.redb");
+    let mut world = World::new(on_disk(path.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let second = Ledger::open(&path, world.opening());
+    assert!(matches!(second, Err(LedgerError::Locked)), "{second:?}");
+    world.restart();
+    assert_eq!(world.total(key, Lane::In).spent, usd("1.00"));
+    world.check();
+}
+
+/// A file that was cut short while it was made cannot be opened, so it must not have the ledger's name yet.
+#[tokio::test]
+async fn a_ledger_that_was_cut_short_while_it_was_made_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("keybrake.redb");
+    std::fs::write(dir.path().join("keybrake.ledger_0.new"), [0; 4_096]).unwrap();
+    let world = World::new(on_disk(path.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let files = std::fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(files, 2, "nothing is left of the making");
+}
+
+#[tokio::test]
+async fn a_newer_format_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("keybrake.redb");
+    drop(World::new(on_disk(path.clone())));
+    let meta: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+    let audit: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("audit");
+    let db = loop {
+        match Database::create(&path) {
+            Ok(db) => break db,
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(5)),
+        }
+    };
+    let txn = db.begin_write().unwrap();
+    txn.open_table(meta).unwrap().insert("format", [1, 2].as_slice()).unwrap();
+    // Nothing else of a newer file needs to be readable.
+    txn.open_table(audit).unwrap().insert(2, [0_u8; 40].as_slice()).unwrap();
+    txn.commit().unwrap();
+    drop(db);
+    let refused = Ledger::open(&path, World::new(in_memory()).opening());
+    assert!(matches!(refused, Err(LedgerError::NewerFormat { found: 2, known: 1 })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_write_that_fails_latches() {
+    let file = File::default();
+    let mut world = World::new(of_file(file.clone()));
+    let key = world.key("k", |_| ()).await;
+    let held = world.held(key, &Ask::charge("a", 100)).await;
+    file.fail_after(0);
+    let resolve = world.resolve(Outcome::Declined, &[], Some(402));
+    let failed = world.ledger().resolve(held, resolve).await;
+    assert!(matches!(failed, Err(LedgerError::Unavailable(_))), "{failed:?}");
+    assert!(world.ledger().failure().is_some());
+    file.fail_after(u64::MAX);
+    let after = world.admit(key, &Ask::charge("b", 100)).await;
+    assert!(matches!(after, Err(LedgerError::Unavailable(_))), "nothing is written until the next start");
+    world.restart();
+    assert_eq!(world.total(key, Lane::In).counted(), usd("1.00"));
+    let again = world.held(key, &Ask::charge("a", 100)).await;
+    assert!(!again.first_send());
+    world.check();
+}

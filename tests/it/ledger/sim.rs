@@ -1,0 +1,658 @@
+//! Random histories: a few keys and names, a Stripe that loses answers, restarts, a clock that jumps. After every step
+//! the invariants are checked against a much simpler account of what was really executed.
+//!
+//! `KEYBRAKE_TEST_HISTORIES` sets how many are run; `KEYBRAKE_TEST_SEED` repeats one.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use keybrake::call::{Outcome, Reading, Record, conclude};
+use keybrake::hold::{ExactRequest, Facts, Hold, HoldState, Lane, Subject};
+use keybrake::id::{CallId, HoldId, KeyId};
+use keybrake::key::{Idempotency, Status};
+use keybrake::ledger::{Admitted, Held, Ledger};
+use keybrake::money::{Currency, MicroUsd, Money};
+use keybrake::refusal::Code;
+use keybrake::time::{DAY_MS, Day, HOUR_MS, UnixMs};
+
+use crate::ledger::backend::File;
+use crate::ledger::world::{Ask, Deed, START, World, admin, usd};
+
+/// Histories that are run when nobody says otherwise, and steps of each.
+const HISTORIES: u64 = 80;
+const STEPS: usize = 70;
+/// How long every key here remembers.
+const REMEMBER_DAYS: u32 = 3;
+/// How long this Stripe remembers a key: no longer than it promises.
+const STRIPE_REMEMBERS_MS: u64 = DAY_MS;
+/// A request that was let through leaves within its deadline, or not at all.
+const SENT_WITHIN_MS: u64 = HOUR_MS / 4;
+
+#[test]
+fn random_histories_keep_the_invariants() {
+    let given = |name: &str| std::env::vars_os().find(|(found, _)| found == name);
+    let number = |name| given(name).and_then(|(_, value)| value.to_str()?.parse::<u64>().ok());
+    if let Some(seed) = number("KEYBRAKE_TEST_SEED") {
+        return run_all(&[seed]);
+    }
+    let histories = number("KEYBRAKE_TEST_HISTORIES").unwrap_or(HISTORIES);
+    // Few histories are always the same; many are always others.
+    let first = if histories == HISTORIES { 1 } else { u64::from(std::process::id()) << 32 };
+    let seeds: Vec<u64> = (first..first + histories).collect();
+    let (some, others) = seeds.split_at(seeds.len() / 2);
+    std::thread::scope(|scope| [some, others].map(|seeds| scope.spawn(|| run_all(seeds))).map(drop));
+}
+
+fn run_all(seeds: &[u64]) {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    for seed in seeds {
+        runtime.block_on(run(*seed));
+    }
+}
+
+async fn run(seed: u64) {
+    let _told = Told(seed);
+    let mut history = History::new(seed).await;
+    for n in 0..STEPS {
+        history.step().await;
+        history.check();
+        if n % 16 == 0 {
+            history.check_ended();
+        }
+    }
+    history.check_records();
+}
+
+/// Says which history it was when one fails.
+struct Told(u64);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let text = format!("\nrepeat with KEYBRAKE_TEST_SEED={}\n", self.0);
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        }
+    }
+}
+
+/// `splitmix64`.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    /// True in so many of a hundred cases.
+    fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    fn pick<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
+        let end = all.len() as u64;
+        (end > 0).then(|| &all[usize::try_from(self.below(end)).unwrap()])
+    }
+}
+
+// --- Stripe
+
+/// What Stripe has of an object.
+#[derive(Clone, Debug)]
+struct Object {
+    minor: u64,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Unconfirmed,
+    Authorized,
+    Moved,
+    Canceled,
+}
+
+/// What Stripe said under a key.
+#[derive(Clone, Debug)]
+struct Said {
+    at: u64,
+    request: (String, Vec<(String, String)>),
+    answer: Answer,
+}
+
+#[derive(Clone, Debug)]
+struct Answer {
+    reading: Reading,
+    objects: Vec<String>,
+    replayed: bool,
+}
+
+/// Money that moved, or an object that now stands for money.
+#[derive(Clone, Debug)]
+struct Executed {
+    object: String,
+    lane: Lane,
+    /// What moved.
+    minor: u64,
+    /// More than was asked for.
+    over: bool,
+}
+
+/// A Stripe that executes each key once in 24 hours, and no longer remembers it afterwards.
+#[derive(Default)]
+struct Stripe {
+    keys: HashMap<String, Said>,
+    objects: BTreeMap<String, Object>,
+}
+
+impl Stripe {
+    fn send(&mut self, dice: &mut Dice, request: &ExactRequest, at: u64) -> (Answer, Option<Executed>) {
+        // Turned away at the door, which says nothing about what was let in before.
+        match dice.below(100) {
+            0..4 => return (plain(Reading::Throttled), None),
+            4..8 => return (plain(Reading::Invalid), None),
+            _ => {}
+        }
+        let key = request.idempotency_key.clone().unwrap();
+        let compared = (request.path.clone(), request.params.clone());
+        let said = self.keys.get(&key).filter(|said| at < said.at + STRIPE_REMEMBERS_MS);
+        match said {
+            Some(said) if said.request == compared => {
+                return (Answer { replayed: true, ..said.answer.clone() }, None);
+            }
+            Some(_) => return (plain(Reading::KeyMismatch), None),
+            None => {}
+        }
+        let (answer, executed) = self.execute(dice, request);
+        self.keys.insert(key, Said { at, request: compared, answer: answer.clone() });
+        (answer, executed)
+    }
+
+    fn execute(&mut self, dice: &mut Dice, request: &ExactRequest) -> (Answer, Option<Executed>) {
+        if dice.percent(6) {
+            return (plain(Reading::Unclear { is_5xx: true }), None);
+        }
+        let param = |name: &str| {
+            let found = request.params.iter().find(|(found, _)| found == name);
+            found.map(|(_, value)| value.clone())
+        };
+        let amount = param("amount").map(|text| text.parse::<u64>().unwrap());
+        let words: Vec<&str> = request.path.split('/').skip(2).collect();
+        let (answer, executed) = match words.as_slice() {
+            ["charges" | "payment_intents"] if dice.percent(15) => (plain(Reading::Declined), None),
+            ["charges"] => self.create(dice, "ch", amount.unwrap(), State::Moved),
+            ["payment_intents"] => self.create(dice, "pi", amount.unwrap(), State::Unconfirmed),
+            ["payment_intents", object, verb] => self.act(dice, object, verb, amount),
+            ["refunds"] => self.refund(&param("charge").unwrap(), amount.unwrap()),
+            other => panic!("{other:?}"),
+        };
+        if executed.is_some() && dice.percent(4) {
+            return (plain(Reading::Unclear { is_5xx: true }), executed);
+        }
+        (answer, executed)
+    }
+
+    fn create(
+        &mut self,
+        dice: &mut Dice,
+        prefix: &str,
+        minor: u64,
+        state: State,
+    ) -> (Answer, Option<Executed>) {
+        let over = state == State::Moved && dice.below(150) == 0;
+        let minor = if over { minor + 50 } else { minor };
+        let object = format!("{prefix}_{}", self.objects.len());
+        self.objects.insert(object.clone(), Object { minor, state });
+        let reading = said_of(state, minor);
+        let moved = if state == State::Moved { minor } else { 0 };
+        let executed = Executed { object: object.clone(), lane: Lane::In, minor: moved, over };
+        (Answer { reading, objects: vec![object], replayed: false }, Some(executed))
+    }
+
+    fn act(
+        &mut self,
+        dice: &mut Dice,
+        id: &str,
+        verb: &str,
+        amount: Option<u64>,
+    ) -> (Answer, Option<Executed>) {
+        let Some(object) = self.objects.get_mut(id) else { return (plain(Reading::Invalid), None) };
+        let mut moved = 0;
+        match (verb, object.state) {
+            ("confirm", State::Unconfirmed) if dice.percent(25) => {
+                let objects = vec![id.to_owned()];
+                return (Answer { objects, ..plain(Reading::Declined) }, None);
+            }
+            ("confirm", State::Unconfirmed) if dice.percent(50) => object.state = State::Authorized,
+            ("confirm", State::Unconfirmed) => (moved, object.state) = (object.minor, State::Moved),
+            ("capture", State::Authorized) => {
+                moved = amount.unwrap_or(object.minor).min(object.minor);
+                object.state = State::Moved;
+            }
+            ("increment_authorization", State::Authorized) if amount.unwrap() > object.minor => {
+                object.minor = amount.unwrap();
+            }
+            _ => return (plain(Reading::Invalid), None),
+        }
+        if object.state == State::Moved {
+            object.minor = moved;
+        }
+        let reading = said_of(object.state, object.minor);
+        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved, over: false };
+        (Answer { reading, objects: vec![id.to_owned()], replayed: false }, Some(executed))
+    }
+
+    fn refund(&mut self, of: &str, minor: u64) -> (Answer, Option<Executed>) {
+        if self.objects.get(of).is_none_or(|object| object.state != State::Moved) {
+            return (plain(Reading::Invalid), None);
+        }
+        let id = format!("re_{}", self.objects.len());
+        self.objects.insert(id.clone(), Object { minor, state: State::Moved });
+        let executed = Executed { object: id.clone(), lane: Lane::Out, minor, over: false };
+        (Answer { reading: Reading::Moved { minor }, objects: vec![id], replayed: false }, Some(executed))
+    }
+}
+
+fn plain(reading: Reading) -> Answer {
+    Answer { reading, objects: Vec::new(), replayed: false }
+}
+
+fn said_of(state: State, minor: u64) -> Reading {
+    match state {
+        State::Moved => Reading::Moved { minor },
+        State::Unconfirmed | State::Authorized => Reading::Pending { minor },
+        State::Canceled => Reading::NotMoved,
+    }
+}
+
+// --- what must hold
+
+/// A call that is being sent.
+struct Flight {
+    held: Held,
+    name: String,
+    payer: KeyId,
+    since: u64,
+}
+
+/// What was executed under a name, as this account sees it.
+struct Done {
+    object: String,
+    /// When the ledger was told, by its own time.
+    told_at: Option<UnixMs>,
+    /// Whether the name stands for what is charged.
+    by_content: bool,
+}
+
+/// One history.
+struct History {
+    world: World,
+    dice: Dice,
+    stripe: Stripe,
+    /// Time as it really passes.
+    real: u64,
+    keys: Vec<KeyId>,
+    flights: Vec<Flight>,
+    done: HashMap<String, Done>,
+    bodies: HashMap<CallId, Vec<u8>>,
+    /// Objects that the ledger was told of.
+    known: HashSet<String>,
+    holds: HashSet<HoldId>,
+    ended: HashMap<HoldId, Hold>,
+    executed: HashMap<(KeyId, Lane), u64>,
+    upstream_keys: HashSet<String>,
+    flagged: HashSet<KeyId>,
+    /// The highest time that the ledger ever had: what was over then is over.
+    latest: UnixMs,
+    trail: Vec<String>,
+}
+
+impl History {
+    async fn new(seed: u64) -> Self {
+        let file = File::default();
+        let world = World::new(Arc::new(move |opening| Ledger::open_backend(file.open(), opening)));
+        let mut history = Self {
+            world,
+            dice: Dice(seed),
+            stripe: Stripe::default(),
+            real: START.millis(),
+            keys: Vec::new(),
+            flights: Vec::new(),
+            done: HashMap::new(),
+            bodies: HashMap::new(),
+            known: HashSet::new(),
+            holds: HashSet::new(),
+            ended: HashMap::new(),
+            executed: HashMap::new(),
+            upstream_keys: HashSet::new(),
+            flagged: HashSet::new(),
+            latest: START,
+            trail: Vec::new(),
+        };
+        for n in 0..4 {
+            let key = history.new_key(n).await;
+            history.keys.push(key);
+        }
+        history
+    }
+
+    async fn new_key(&self, n: usize) -> KeyId {
+        self.world
+            .key(&format!("k{n}"), |key| {
+                key.remember_days = REMEMBER_DAYS;
+                key.caps.daily = Some(usd("9.00"));
+                key.caps.daily_out = Some(usd("2.00"));
+                match n {
+                    0 => key.caps.total = Some(usd("13.00")),
+                    1 => key.expires_at = key.created_at.plus_millis(DAY_MS),
+                    2 => key.caps.max_calls = Some(6),
+                    _ => {
+                        let (scope, fields) = ("billing:1".to_owned(), Vec::new());
+                        key.idempotency = Idempotency::Content { scope, fields };
+                    }
+                }
+            })
+            .await
+    }
+
+    async fn step(&mut self) {
+        self.latest = self.latest.max(self.world.ledger().now());
+        match self.dice.below(100) {
+            0..45 => self.ask().await,
+            45..75 => self.deliver().await,
+            75..80 => self.cancel().await,
+            80..84 => self.recover().await,
+            84..88 => self.restart(),
+            88..96 => self.pass(),
+            96..98 => self.world.ledger().tick().await.unwrap(),
+            _ => self.turn_the_clock().await,
+        }
+    }
+
+    async fn ask(&mut self) {
+        let n = usize::try_from(self.dice.below(self.keys.len() as u64)).unwrap();
+        let now = self.world.ledger().now();
+        let is_active = |key: keybrake::key::Key| key.status(now) == Status::Active;
+        if !self.world.reads().key(self.keys[n]).unwrap().is_some_and(is_active) {
+            self.keys[n] = self.new_key(n).await;
+        }
+        let (key, ask) = (self.keys[n], self.any_ask());
+        self.trail.push(format!("k{n} {ask:?}"));
+        match self.world.admit(key, &ask).await.unwrap() {
+            Admitted::Held(held) => self.take_off(held, n == 3, &ask),
+            Admitted::Replay { call_id, answer } => {
+                assert_eq!(Some(&answer.body), self.bodies.get(&call_id), "a replay gives the same bytes");
+            }
+            Admitted::Refused(refusal) => {
+                let expected = [
+                    Code::SpendCapExceeded,
+                    Code::CallLimitExceeded,
+                    Code::IdempotencyError,
+                    Code::IdempotencyKeyInUse,
+                    Code::OutcomeUnknown,
+                    Code::AlreadyExecuted,
+                    Code::AmountUnknown,
+                ];
+                assert!(expected.contains(&refusal.code), "{refusal:?}");
+            }
+        }
+    }
+
+    fn any_ask(&mut self) -> Ask {
+        let name = format!("n{}", self.dice.below(7));
+        let intents: Vec<String> =
+            self.stripe.objects.keys().filter(|id| id.starts_with("pi")).cloned().collect();
+        let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
+        let minor = if self.dice.percent(10) { 450 } else { 300 };
+        let create = |deed| Ask { deed, ..Ask::charge(&name, minor) };
+        let intent = self.dice.pick(&intents).cloned();
+        match (self.dice.below(10), intent, self.dice.pick(&all).cloned()) {
+            (0..3, _, _) => create(Deed::Charge),
+            (3 | 4, _, _) | (_, None, None) => create(Deed::Intent),
+            (5 | 6, object @ Some(_), _) => Ask { object, minor: None, ..create(Deed::Confirm) },
+            (7, object @ Some(_), _) => {
+                let minor = self.dice.percent(30).then_some(200);
+                Ask { object, minor, ..create(Deed::Capture) }
+            }
+            (8, object @ Some(_), _) => {
+                let minor = Some(300 + 50 * self.dice.below(5));
+                Ask { object, minor, ..create(Deed::Increment) }
+            }
+            (_, _, object) => Ask { object, minor: Some(100), ..create(Deed::Refund) },
+        }
+    }
+
+    fn take_off(&mut self, held: Held, by_content: bool, ask: &Ask) {
+        let call = self.world.call(held.call_id());
+        let reserved = self.world.hold(call.hold_id);
+        self.holds.insert(reserved.id);
+        self.upstream_keys.insert(held.request().idempotency_key.clone().unwrap());
+        let what = if by_content { format!("{:?} {:?}", ask.deed, ask.object) } else { String::new() };
+        let name = format!("{} {what}", ask.name);
+        self.flights.push(Flight { held, name, payer: reserved.key_id, since: self.real });
+    }
+
+    /// One request reaches Stripe, or not; its answer arrives, or not.
+    async fn deliver(&mut self) {
+        if self.flights.is_empty() {
+            return;
+        }
+        let n = usize::try_from(self.dice.below(self.flights.len() as u64)).unwrap();
+        let flight = self.flights.swap_remove(n);
+        let answer = match self.dice.below(100) {
+            0..5 => plain(Reading::NotSent),
+            _ if self.real > flight.since + SENT_WITHIN_MS => plain(Reading::NotSent),
+            5..13 => plain(Reading::Silence),
+            13..15 => plain(Reading::OwnKeyRefused),
+            _ => self.at_stripe(&flight),
+        };
+        let answer = if self.dice.percent(12) { plain(Reading::Silence) } else { answer };
+        self.trail.push(format!("  {}: {answer:?}", flight.name));
+        let Flight { held, name, payer, .. } = flight;
+        let outcome = conclude(&answer.reading, held.first_send(), answer.replayed, held.basis());
+        let objects: Vec<&str> = answer.objects.iter().map(String::as_str).collect();
+        self.known.extend(answer.objects.iter().cloned());
+        let status = (answer.reading != Reading::Silence).then_some(200);
+        let resolve = self.world.resolve(outcome, &objects, status);
+        if let Outcome::Spent { .. } | Outcome::Pending { .. } = outcome {
+            self.bodies.insert(held.call_id(), resolve.answer.clone().unwrap().body);
+            let now = self.world.ledger().now();
+            if let Some(done) = self.done.get_mut(&name) {
+                done.told_at = Some(done.told_at.unwrap_or(now));
+            }
+        }
+        let hold = self.world.hold(self.world.call(held.call_id()).hold_id);
+        assert_eq!(hold.key_id, payer, "who pays does not change");
+        self.world.ledger().resolve(held, resolve).await.unwrap();
+    }
+
+    /// Stripe gets a request and may execute it: at most once for each name.
+    fn at_stripe(&mut self, flight: &Flight) -> Answer {
+        let (answer, executed) = self.stripe.send(&mut self.dice, flight.held.request(), self.real);
+        let Some(executed) = executed else { return answer };
+        self.trail.push(format!("  {}: {executed:?}", flight.name));
+        if let Some(before) = self.done.get(&flight.name) {
+            let canceled = self.stripe.objects[&before.object].state == State::Canceled;
+            let until = |at: UnixMs| at.plus_millis(u64::from(REMEMBER_DAYS) * DAY_MS);
+            let over = before.told_at.is_some_and(|at| self.latest >= until(at));
+            assert!(
+                canceled || (over && !before.by_content),
+                "{} was executed as {} and again as {}\n{}",
+                flight.name,
+                before.object,
+                executed.object,
+                self.told()
+            );
+        }
+        *self.executed.entry((flight.payer, executed.lane)).or_default() += executed.minor;
+        if executed.over {
+            self.flagged.insert(flight.payer);
+        }
+        let by_content = !flight.name.ends_with(' ');
+        let done = Done { object: executed.object, told_at: None, by_content };
+        self.done.insert(flight.name.clone(), done);
+        answer
+    }
+
+    async fn cancel(&mut self) {
+        let open = |object: &Object| matches!(object.state, State::Unconfirmed | State::Authorized);
+        let all: Vec<String> =
+            self.stripe.objects.iter().filter(|(_, object)| open(object)).map(|(id, _)| id.clone()).collect();
+        let Some(id) = self.dice.pick(&all).cloned() else { return };
+        self.trail.push(format!("cancel {id}"));
+        self.stripe.objects.get_mut(&id).unwrap().state = State::Canceled;
+        if self.dice.percent(80) {
+            self.world.ledger().observe(String::new(), id, Facts::default(), Record::Ended).await.unwrap();
+        }
+    }
+
+    /// What a later read of an object says.
+    async fn recover(&mut self) {
+        let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
+        let Some(id) = self.dice.pick(&all).cloned() else { return };
+        let object = self.stripe.objects[&id].clone();
+        let record = match object.state {
+            State::Moved => Record::Moved { minor: object.minor },
+            State::Canceled => Record::Ended,
+            State::Unconfirmed | State::Authorized => return,
+        };
+        self.trail.push(format!("observe {id} {record:?}"));
+        self.world.ledger().observe(String::new(), id.clone(), Facts::default(), record).await.unwrap();
+        let now = self.world.ledger().now();
+        let under_way: Vec<&str> = self.flights.iter().map(|flight| flight.name.as_str()).collect();
+        for (name, done) in self.done.iter_mut().filter(|(_, done)| done.object == id) {
+            if !self.known.contains(&id) || under_way.contains(&name.as_str()) {
+                continue;
+            }
+            done.told_at = Some(done.told_at.unwrap_or(now));
+        }
+    }
+
+    /// The process dies; what it was sending may have arrived.
+    fn restart(&mut self) {
+        self.trail.push("restart".to_owned());
+        for flight in std::mem::take(&mut self.flights) {
+            if self.dice.percent(50) && self.real <= flight.since + SENT_WITHIN_MS {
+                self.at_stripe(&flight);
+            }
+        }
+        self.world.restart();
+    }
+
+    fn pass(&mut self) {
+        let millis = match self.dice.below(8) {
+            0..3 => 5 * 60_000,
+            3 | 4 => HOUR_MS,
+            5 => 12 * HOUR_MS,
+            6 => 23 * HOUR_MS,
+            _ => DAY_MS * (1 + self.dice.below(10)),
+        };
+        self.trail.push(format!("pass {} min", millis / 60_000));
+        self.real += millis;
+        self.world.pass(millis);
+    }
+
+    /// The machine's clock goes wrong, is put right, or the mark is lowered after it.
+    async fn turn_the_clock(&mut self) {
+        let shown = match self.dice.below(4) {
+            0 => self.real + DAY_MS * self.dice.below(5),
+            1 => self.real.saturating_sub(DAY_MS * self.dice.below(5)),
+            _ => self.real,
+        };
+        self.trail.push(format!("clock {}", UnixMs::from_millis(shown)));
+        self.world.set_clock(UnixMs::from_millis(shown));
+        // What was sent by a wrong clock is noted by whatever is asked next.
+        self.world.ledger().tick().await.unwrap();
+        if shown == self.real && self.dice.percent(50) {
+            self.trail.push("lower".to_owned());
+            self.world.ledger().lower_clock("was wrong".to_owned(), admin()).await.unwrap();
+        }
+    }
+
+    fn check(&mut self) {
+        self.world.check_counters();
+        self.check_holds();
+        let counted: BTreeSet<KeyId> =
+            self.executed.keys().map(|(key, _)| *key).chain(self.keys.clone()).collect();
+        for key in counted {
+            // A key whose row is gone has no counters any more.
+            let Some(row) = self.world.reads().key(key).unwrap() else { continue };
+            if self.flagged.contains(&key) {
+                continue;
+            }
+            for (lane, cap) in [(Lane::In, row.caps.daily), (Lane::Out, row.caps.daily_out)] {
+                let total = self.world.total(key, lane).counted();
+                let minor = self.executed.get(&(key, lane)).copied().unwrap_or(0);
+                let executed = Money { minor, currency: Currency::USD }.to_usd().unwrap();
+                assert!(executed <= total, "executed {executed} of counted {total}\n{}", self.told());
+                let window =
+                    if row.lives_a_day_or_less() { Day::TOTAL } else { self.world.ledger().now().day() };
+                let today = self.world.reads().counter(Subject::Key(key), window, lane).unwrap();
+                assert!(Some(today.counted()) <= cap, "{today:?} over {cap:?}\n{}", self.told());
+            }
+            let calls = self.world.total(key, Lane::In).calls + self.world.total(key, Lane::Out).calls;
+            assert!(calls <= row.caps.max_calls.unwrap_or(u64::MAX), "{calls} calls");
+            let total = self.world.total(key, Lane::In).counted();
+            assert!(row.caps.total.is_none_or(|cap| total <= cap), "{total} over the total cap");
+        }
+    }
+
+    /// A hold that ended as spent is counted as spent.
+    fn check_holds(&mut self) {
+        let live: Vec<HoldId> =
+            self.holds.iter().filter(|id| !self.ended.contains_key(id)).copied().collect();
+        for hold in live.into_iter().map(|id| self.world.hold(id)).filter(|hold| !hold.state.is_live()) {
+            self.ended.insert(hold.id, hold);
+        }
+        let mut spent: BTreeMap<(KeyId, Lane), MicroUsd> = BTreeMap::new();
+        for hold in self.ended.values().filter(|hold| hold.state == HoldState::Spent) {
+            let sum = spent.entry((hold.key_id, hold.lane)).or_default();
+            *sum = sum.checked_add(hold.usd).unwrap();
+        }
+        for ((key, lane), spent) in spent {
+            if self.world.reads().key(key).unwrap().is_some() {
+                assert_eq!(self.world.total(key, lane).spent, spent, "{}", self.told());
+            }
+        }
+    }
+
+    /// A hold ends once: what had ended is as it was.
+    fn check_ended(&self) {
+        for (id, before) in &self.ended {
+            let now = self.world.reads().hold(*id).unwrap();
+            // That its object is over may still be learnt; money it has none.
+            let now = now.map(|now| Hold { object_over: before.object_over, ..now });
+            assert!(now.is_none_or(|now| now == *before), "{before:?} ended again\n{}", self.told());
+        }
+    }
+
+    /// Whatever reached Stripe has a record, and nothing was done to the records.
+    fn check_records(&self) {
+        self.world.check();
+        self.check_ended();
+        let log = self.world.log();
+        let admitted: HashSet<&str> = log
+            .iter()
+            .filter(|record| record["event"] == "admitted")
+            .filter_map(|record| record["idempotency_key"].as_str())
+            .collect();
+        for key in &self.upstream_keys {
+            assert!(admitted.contains(key.as_str()), "{key} has no record");
+        }
+        let settled: HashSet<&str> = log.iter().filter_map(|record| record["object_id"].as_str()).collect();
+        for done in self.done.values().filter(|done| done.told_at.is_some()) {
+            assert!(settled.contains(done.object.as_str()), "{} has no record", done.object);
+        }
+    }
+
+    fn told(&self) -> String {
+        self.trail.join("\n")
+    }
+}
