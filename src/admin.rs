@@ -199,6 +199,10 @@ pub fn router(admin: Arc<Admin>) -> Router {
 async fn whole_body(State(admin): Shared, request: Request, next: axum::middleware::Next) -> Answer {
     let (head, body) = request.into_parts();
     admin.checked(crate::proxy::read::framing(&head))?;
+    // No path here needs an escape, and one that cannot be undone would be answered without a shape.
+    if head.uri.path().contains('%') {
+        return Err(admin.refuse(not_found()));
+    }
     let body = crate::proxy::read::body(&head.headers, body, BODY_BYTES_MAX).await;
     let body = admin.checked(body)?;
     Ok(next.run(Request::from_parts(head, axum::body::Body::from(body))).await)

@@ -3,7 +3,7 @@
 //! There are two doors. A money call needs the ledger's [`Held`], and what is sent is exactly what is held. Anything else
 //! needs a [`FreeRequest`], which cannot be made for a money call.
 
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 use hyper::Method;
@@ -31,7 +31,7 @@ pub const STRIPE_ACCOUNT: HeaderName = HeaderName::from_static("stripe-account")
 /// Sends to Stripe under the real key.
 #[derive(Debug)]
 pub struct Forwarder {
-    upstream: Upstream,
+    upstream: Arc<Upstream>,
     key: RwLock<Secret>,
 }
 
@@ -64,10 +64,16 @@ impl FreeRequest {
 impl Forwarder {
     /// A forwarder that opens Stripe with `key`.
     pub fn new(upstream: Upstream, key: Secret) -> Self {
-        Self { upstream, key: RwLock::new(key) }
+        Self { upstream: Arc::new(upstream), key: RwLock::new(key) }
     }
 
-    /// Puts a rotated key in the place of the old one.
+    /// Another forwarder to the same place, to try a key before it is used.
+    #[must_use]
+    pub fn trying(&self, key: Secret) -> Self {
+        Self { upstream: Arc::clone(&self.upstream), key: RwLock::new(key) }
+    }
+
+    /// Puts a rotated key in the place of the old one. Whose it is must have been asked before.
     pub fn set_key(&self, key: Secret) {
         *self.key.write().unwrap_or_else(PoisonError::into_inner) = key;
     }

@@ -296,8 +296,17 @@ impl Key {
         self.constraints.iter().find(|constraint| constraint.param == param)
     }
 
-    /// Whether no dollar cap bounds what comes in.
+    /// Whether no dollar cap bounds what it may move.
     pub fn is_uncapped(&self) -> bool {
-        self.caps.uncapped && self.caps.daily.is_none()
+        self.caps.is_uncapped()
+    }
+}
+
+impl Caps {
+    /// Whether no dollar cap of any kind is set, on purpose. A call whose price nobody knows can only be let through
+    /// here: no other limit could hold it.
+    pub fn is_uncapped(&self) -> bool {
+        self.uncapped
+            && [self.daily, self.total, self.per_request, self.daily_out].iter().all(Option::is_none)
     }
 }

@@ -36,6 +36,7 @@ use crate::server::{ReplyBody, drain_body};
 use crate::telemetry::Metrics;
 use crate::upstream::{Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer};
+use crate::vendor::stripe::catalogue::Class;
 use crate::vendor::stripe::request::{self, Reading};
 use crate::vendor::stripe::rules::{self, Effect};
 use crate::vendor::stripe::secrets;
@@ -386,9 +387,13 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refu
         Effect::Priced(_) | Effect::Unpriced => {
             request::check_caller_key(key, reading.caller_key.as_deref())?;
         }
-        Effect::Free | Effect::Cancel => {}
+        // It goes to Stripe as it is, where it would take the place of a key that a charge will need.
+        Effect::Free | Effect::Cancel => request::refuse_reserved_key(reading.caller_key.as_deref())?,
     }
-    rules::refuse_parameters(&reading.params, key)?;
+    // A read is decided by its grant; a filter such as `destination` sends nothing anywhere.
+    if operation.class != Class::Read {
+        rules::refuse_parameters(&reading.params, key)?;
+    }
     rules::refuse_expand(&reading.params, key)?;
     rules::keep_constraints(&reading.params, key, effect)?;
     Ok(effect)
@@ -403,7 +408,7 @@ fn unread_facts(head: &Parts, path: &str, request_id: &str) -> Facts {
     Facts {
         request_id: request_id.to_owned(),
         method: head.method.as_str().to_owned(),
-        endpoint: shown,
+        endpoint: request::showable(&shown),
         ..Facts::default()
     }
 }

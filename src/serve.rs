@@ -265,11 +265,20 @@ fn spawn_reload(
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
             }
             admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);
-            forwarder.set_key(config.stripe_secret_key.clone());
+            // The old key goes on until the new one is known to be of the same account: not one call may be made under
+            // another's.
+            let candidate = forwarder.trying(config.stripe_secret_key.clone());
+            let refused = account.key_refused();
             let configured = config.stripe_account.as_deref();
-            match account::settle(&account, &ledger, &forwarder, configured).await {
-                Ok(()) => tracing::info!("settings were read again"),
-                Err(why) => tracing::error!(?why, "the new Stripe key could not be verified"),
+            match account::settle(&account, &ledger, &candidate, configured).await {
+                Ok(()) => {
+                    forwarder.set_key(config.stripe_secret_key);
+                    tracing::info!("settings were read again");
+                }
+                Err(why) => {
+                    account.set_key_refused(refused);
+                    tracing::error!(?why, "the new Stripe key could not be verified; the old one stays");
+                }
             }
         }
     });

@@ -88,6 +88,30 @@ impl Fields {
         MicroUsd::parse_dollars(&text).map(Some).map_err(|why| invalid(name, why.to_string()))
     }
 
+    /// Takes a field that is an object, in the order of its names; an absent one is empty.
+    ///
+    /// # Errors
+    /// `parameter_invalid`, or `request_ambiguous` when a name in it is given twice.
+    pub fn object<T: DeserializeOwned>(
+        &mut self,
+        name: &str,
+        kind: &str,
+    ) -> Result<Vec<(String, T)>, Refusal> {
+        let inner: Option<Self> = self.take(name, kind)?;
+        let mut raw = inner.map(|inner| inner.0).unwrap_or_default();
+        raw.sort_by(|(one, _), (other, _)| one.cmp(other));
+        if raw.windows(2).any(|two| two[0].0 == two[1].0) {
+            let message = format!("'{name}' gives a name more than once.");
+            return Err(Refusal::of_param(Code::RequestAmbiguous, name, message));
+        }
+        let read = |(key, value): (String, Box<RawValue>)| {
+            let value =
+                serde_json::from_str(value.get()).map_err(|_| invalid(name, format!("must be {kind}")))?;
+            Ok((key, value))
+        };
+        raw.into_iter().map(read).collect()
+    }
+
     /// Whether a field is there, `null` included.
     pub fn names(&self, name: &str) -> bool {
         self.0.iter().any(|(found, _)| found == name)

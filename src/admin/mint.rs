@@ -1,7 +1,5 @@
 //! From the JSON of `POST /admin/vault_keys` to a key, and from a key to JSON.
 
-use std::collections::BTreeMap;
-
 use serde_json::{Map, Value, json};
 
 use crate::admin::fields::{Fields, invalid};
@@ -178,7 +176,7 @@ fn constraints(fields: &mut Fields) -> Result<Vec<Constraint>, Refusal> {
     }
     let bad = |why: &str| Err(invalid("constraints", why));
     let kind = "an object of parameters, each with a list of strings or {\"min\", \"max\"}";
-    let written: BTreeMap<String, Written> = fields.take("constraints", kind)?.unwrap_or_default();
+    let written: Vec<(String, Written)> = fields.object("constraints", kind)?;
     if written.len() > CONSTRAINTS_MAX {
         return bad("may have 20 entries");
     }
@@ -276,7 +274,7 @@ fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
                 "entry {at} names no known operation: write METHOD /v1/path, with {{id}} or * for an id"
             ));
         };
-        let effect = match rules::effect(operation, caps.uncapped && caps.daily.is_none(), wildcard) {
+        let effect = match rules::effect(operation, caps.is_uncapped(), wildcard) {
             Ok(effect) => effect,
             Err(refusal) => return bad(format!("entry {at} could never be called: {}", refusal.message)),
         };
@@ -347,8 +345,7 @@ fn identity_fields(fields: Vec<String>) -> Result<Vec<String>, Refusal> {
 }
 
 fn metadata(fields: &mut Fields) -> Result<Vec<(String, String)>, Refusal> {
-    let pairs: BTreeMap<String, String> =
-        fields.take("metadata", "an object of strings")?.unwrap_or_default();
+    let pairs = fields.object("metadata", "an object of strings")?;
     let too_long = |text: &String| text.is_empty() || text.chars().count() > TEXT_CHARS_MAX;
     if pairs.len() > METADATA_PAIRS_MAX || pairs.iter().any(|(name, value)| too_long(name) || too_long(value))
     {
@@ -357,7 +354,7 @@ fn metadata(fields: &mut Fields) -> Result<Vec<(String, String)>, Refusal> {
             format!("may have {METADATA_PAIRS_MAX} pairs of strings of 1 to {TEXT_CHARS_MAX} characters"),
         ));
     }
-    Ok(pairs.into_iter().collect())
+    Ok(pairs)
 }
 
 /// A key's policy as JSON, without its secret and spend.

@@ -14,6 +14,8 @@ use crate::cli::EXIT_USAGE;
 use crate::cli::output::{complain, line};
 use crate::config::Config;
 use crate::forward::{Forwarder, FreeRequest};
+use crate::ledger::LedgerError;
+use crate::ledger::redb::inspect;
 use crate::tls::{self, TlsSource};
 use crate::upstream::{Sent, Upstream, UpstreamConfig};
 
@@ -58,6 +60,7 @@ pub async fn run(json: bool) -> ExitCode {
     let mut findings = vec![finding("configuration", Verdict::Good, "every setting can be read")];
     findings.extend(certificate(&config));
     findings.push(disk(&config.data_dir));
+    findings.push(ledger(&config));
     findings.push(stripe(&config).await);
     findings.push(running().await);
     findings.push(finding(
@@ -126,6 +129,27 @@ fn disk(data_dir: &Path) -> Finding {
             finding("disk", Verdict::Good, format!("{} is writable, on {kind}", data_dir.display()))
         }
         None => finding("disk", Verdict::Good, format!("{} is writable", data_dir.display())),
+    }
+}
+
+/// The ledger file: whose it is, and whether this build can read it.
+fn ledger(config: &Config) -> Finding {
+    let path = config.data_dir.join("keybrake.redb");
+    if !path.exists() {
+        return finding("ledger", Verdict::Note, "is made at the first start");
+    }
+    match inspect(&path) {
+        Err(LedgerError::Locked) => finding("ledger", Verdict::Good, "is in use by a running sidecar"),
+        Err(error) => finding("ledger", Verdict::Bad, format!("{}: {error}", path.display())),
+        Ok((_, binding)) if binding.mode != config.stripe_mode.as_str() => finding(
+            "ledger",
+            Verdict::Bad,
+            format!("belongs to {} mode, the Stripe key to {}", binding.mode, config.stripe_mode.as_str()),
+        ),
+        Ok((format, binding)) => {
+            let account = binding.account.as_deref().unwrap_or("no account yet");
+            finding("ledger", Verdict::Good, format!("format {format}, {} mode, {account}", binding.mode))
+        }
     }
 }
 

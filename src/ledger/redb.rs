@@ -156,6 +156,25 @@ impl RedbStore {
     }
 }
 
+/// Looks into a ledger file that nobody has open, without changing what it says: its format and to whom it is bound.
+///
+/// # Errors
+/// [`LedgerError::Locked`] while a sidecar runs on it, or whatever keeps it from being used.
+pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
+    let db = Database::open(path)?;
+    let txn = db.begin_read()?;
+    let table = txn.open_table(row::META)?;
+    let format: u32 = match table.get(meta::FORMAT)? {
+        Some(bytes) => row::decode(bytes.value())?,
+        None => return Err(LedgerError::Corrupt("ledger")),
+    };
+    if format > FORMAT {
+        return Err(LedgerError::NewerFormat { found: format, known: FORMAT });
+    }
+    let binding = table.get(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))?;
+    Ok((format, row::decode(binding.value())?))
+}
+
 /// Makes the file before the store does, for the owner alone: it holds personal data.
 fn make_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};

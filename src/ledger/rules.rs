@@ -324,16 +324,16 @@ fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal
             decline_voids: true,
         }),
         Claim::Unpriced => Err(amount_unknown("What this operation costs cannot be known before it is sent")),
-        Claim::Refund { of, minor } => {
-            let (_, currency) = known_object(state, of)?;
+        Claim::Refund { minor, .. } => {
+            let (_, currency) = known_object(state)?;
             let money = Money { minor: *minor, currency };
             let usd =
                 money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
             limits::one_call_fits(state.key, usd)?;
             Ok(new(Lane::Out, money, usd))
         }
-        Claim::Use { object, verb, minor } => {
-            let (hold, currency) = known_object(state, object)?;
+        Claim::Use { verb, minor, .. } => {
+            let (hold, currency) = known_object(state)?;
             price_use(state, hold, currency, *verb, *minor)
         }
     }
@@ -390,11 +390,9 @@ fn price_use<'a>(
     }
 }
 
-fn known_object<'a>(state: &Loaded<'a>, object: &str) -> Result<(&'a Hold, Currency), Refusal> {
+fn known_object<'a>(state: &Loaded<'a>) -> Result<(&'a Hold, Currency), Refusal> {
     state.object_hold.and_then(|hold| Some((hold, hold.currency?))).ok_or_else(|| {
-        amount_unknown(&format!(
-            "{object} was not made through this sidecar, so its amount is not known here"
-        ))
+        amount_unknown("The object was not made through this sidecar, so its amount is not known here")
     })
 }
 

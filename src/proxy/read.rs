@@ -171,6 +171,10 @@ pub fn request<'a>(
             "Unrecognized request URL. If you are trying to list objects, remove the trailing slash.",
         ),
     })?;
+    if segments.first() == Some(&"v2") && head.method.as_str() != "GET" {
+        // Refused before its body, which is JSON there.
+        return Err(Refusal::new(Code::EndpointNotAllowed, "Writes under /v2 are not supported."));
+    }
     let params = params(head, body)?.with_lower_case("currency");
     rules::refuse_credentials(&params)?;
     let method = head.method.as_str();

@@ -8,11 +8,17 @@ mod support;
 #[cfg(test)]
 mod audit;
 #[cfg(test)]
+mod bad_admin;
+#[cfg(test)]
+mod bad_input;
+#[cfg(test)]
 mod caps;
 #[cfg(test)]
 mod first;
 #[cfg(test)]
 mod grants;
+#[cfg(test)]
+mod kill;
 #[cfg(test)]
 mod ledger;
 #[cfg(test)]
@@ -20,6 +26,12 @@ mod objects;
 #[cfg(test)]
 mod outcomes;
 #[cfg(test)]
+mod process;
+#[cfg(test)]
+mod raw;
+#[cfg(test)]
 mod same_call;
+#[cfg(test)]
+mod secrets;
 #[cfg(test)]
 mod tidy;

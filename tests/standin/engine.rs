@@ -141,6 +141,11 @@ impl Engine {
         self.state().script.push(scripted);
     }
 
+    #[cfg(test)]
+    pub(crate) fn clear_faults(&self) {
+        self.state().script = Script::default();
+    }
+
     pub(crate) fn executed(&self, since: u64) -> Vec<Executed> {
         self.state().bank.executed(since)
     }

@@ -163,6 +163,11 @@ impl Standin {
         self.engine.fault(fault.into());
     }
 
+    /// Takes back every fault that has met no request yet.
+    pub(crate) fn clear_faults(&self) {
+        self.engine.clear_faults();
+    }
+
     /// Every movement of money, in order.
     pub(crate) fn executed(&self) -> Vec<Executed> {
         self.engine.executed(0)

@@ -79,13 +79,12 @@ pub fn check_version(version: &str) -> Result<(), Refusal> {
 /// # Errors
 /// `idempotency_key_required` or `parameter_invalid`.
 pub fn check_caller_key(key: &Key, caller_key: Option<&str>) -> Result<(), Refusal> {
-    let reserved = caller_key.is_some_and(|sent| sent.starts_with(UPSTREAM_KEY_PREFIX));
+    match &key.idempotency {
+        Idempotency::Required | Idempotency::Client => refuse_reserved_key(caller_key)?,
+        // The caller's key is ignored, and not sent.
+        Idempotency::Content { .. } => {}
+    }
     match (&key.idempotency, caller_key) {
-        (Idempotency::Required | Idempotency::Client, Some(_)) if reserved => Err(Refusal::of_param(
-            Code::ParameterInvalid,
-            "Idempotency-Key",
-            format!("An Idempotency-Key may not start with {UPSTREAM_KEY_PREFIX}."),
-        )),
         (Idempotency::Content { .. } | Idempotency::Client, _) => Ok(()),
         (Idempotency::Required, Some(sent)) if !is_made_up(sent) => Ok(()),
         (Idempotency::Required, sent) => {
@@ -108,6 +107,22 @@ pub fn check_caller_key(key: &Key, caller_key: Option<&str>) -> Result<(), Refus
     }
 }
 
+/// Refuses a key that could be one of those that this program makes in `content` mode. They can be foreseen, so a caller
+/// who could send one would bind it at Stripe to another request before its charge comes.
+///
+/// # Errors
+/// `parameter_invalid`.
+pub fn refuse_reserved_key(caller_key: Option<&str>) -> Result<(), Refusal> {
+    match caller_key {
+        Some(sent) if sent.starts_with(UPSTREAM_KEY_PREFIX) => Err(Refusal::of_param(
+            Code::ParameterInvalid,
+            "Idempotency-Key",
+            format!("An Idempotency-Key may not start with {UPSTREAM_KEY_PREFIX}."),
+        )),
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// Whether a key has a shape that SDKs make up for each run: a UUID (Python, Java), `stripe-node-retry-…` (Node) or
 /// nanoseconds with six characters (Go).
 fn is_made_up(key: &str) -> bool {
@@ -127,21 +142,53 @@ fn is_made_up(key: &str) -> bool {
 pub fn facts(reading: &Reading<'_>, key: &Key) -> Facts {
     let metadata = reading.params.pairs().iter().filter_map(|(name, value)| {
         let inner = name.strip_prefix("metadata[")?.strip_suffix(']')?;
-        Some((inner.to_owned(), without_card_numbers(value)))
+        Some((showable(inner), showable(value)))
     });
+    let customer = reading.params.get("customer").filter(|value| !value.is_empty());
     Facts {
         request_id: reading.request_id.to_owned(),
         method: reading.operation.method.to_owned(),
-        endpoint: reading.path.clone(),
+        endpoint: showable(&reading.path),
         // In content mode the caller's key is ignored, here too: an SDK made it up.
         idempotency_key: reading.caller_key.clone().filter(|_| key.idempotency.minds_caller_key()),
-        customer: reading.params.get("customer").filter(|value| !value.is_empty()).map(str::to_owned),
-        object_id: reading.ids.last().cloned(),
+        customer: customer.map(showable),
+        object_id: reading.ids.last().map(|id| showable(id)),
         stripe_metadata: metadata.take(METADATA_KEYS_MAX).collect(),
     }
 }
 
-/// Masks digit runs that could be a card number: nobody means to write one into a log.
+/// A text as a record may show it: without what could be a card number, an API key of Stripe's or ours, or the secret of
+/// an object. Nobody means to write one into a log, and whoever sent it by mistake should not find it there.
+pub fn showable(text: &str) -> String {
+    without_keys(&without_card_numbers(text))
+}
+
+/// How keys begin.
+const KEY_PREFIXES: &[&str] = &[
+    "sk_live_", "sk_test_", "sk_org_", "rk_live_", "rk_test_", "vk_live_", "vk_test_", "ik_live_",
+    "ik_test_", "whsec_",
+];
+/// Stands between an object's id and its secret.
+const OBJECT_SECRET_MARK: &str = "_secret_";
+
+/// Masks words that are keys.
+fn without_keys(text: &str) -> String {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(is_part) {
+        let (before, word) = rest.split_at(start);
+        let (word, after) = word.split_at(word.find(|c| !is_part(c)).unwrap_or(word.len()));
+        let is_key =
+            KEY_PREFIXES.iter().any(|prefix| word.starts_with(prefix)) || word.contains(OBJECT_SECRET_MARK);
+        out.push_str(before);
+        out.push_str(if is_key { "[key removed]" } else { word });
+        rest = after;
+    }
+    out + rest
+}
+
+/// Masks digit runs that could be a card number.
 fn without_card_numbers(text: &str) -> String {
     let is_part = |c: char| c.is_ascii_digit() || c == ' ' || c == '-';
     let mut out = String::with_capacity(text.len());
@@ -203,7 +250,7 @@ pub fn intent(
     let stamped = around.stamp && takes_stamp && has_room;
     let mut facts = facts(reading, key);
     if facts.object_id.is_none() {
-        facts.object_id = refunded(params).map(str::to_owned);
+        facts.object_id = refunded(params).map(showable);
     }
     Ok(Intent {
         operation: reading.operation.template.to_owned(),
@@ -403,6 +450,20 @@ mod tests {
             "2024-06-20.A",
         ] {
             assert!(check_version(version).is_err(), "{version}");
+        }
+    }
+
+    #[test]
+    fn keys_do_not_reach_a_record() {
+        for (text, shown) in [
+            ("/v1/charges/sk_live_abc123", "/v1/charges/[key removed]"),
+            ("use vk_test_0, please", "use [key removed], please"),
+            ("pi_1_secret_abc", "[key removed]"),
+            ("task_test_7", "task_test_7"),
+            ("cus_9", "cus_9"),
+            ("ch_1/refunds?x", "ch_1/refunds?x"),
+        ] {
+            assert_eq!(showable(text), shown);
         }
     }
 

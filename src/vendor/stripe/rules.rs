@@ -107,8 +107,17 @@ pub fn effect(operation: &Operation, uncapped: bool, wildcard: bool) -> Result<E
 }
 
 /// Parameters in which a credential or another method could hide.
-const CREDENTIAL_PARAMS: &[&str] =
-    &["key", "api_key", "access_token", "_method", "_stripe_account", "_stripe_version", "stripe_account"];
+const CREDENTIAL_PARAMS: &[&str] = &[
+    "key",
+    "api_key",
+    "access_token",
+    // What a browser shows in place of a key. A request is kept while its outcome is open, and this must not be.
+    "client_secret",
+    "_method",
+    "_stripe_account",
+    "_stripe_version",
+    "stripe_account",
+];
 /// Parameters that send money elsewhere.
 const REDIRECTING_PARAMS: &[&str] = &[
     "transfer_data",
