@@ -2,6 +2,7 @@
 
 mod backend;
 mod crash;
+mod format;
 mod redb;
 mod sim;
 mod suite;

@@ -21,7 +21,7 @@ fn of_file(file: File) -> Place {
 }
 
 /// A ledger in a file of this name. The handle before may take a moment to close.
-fn on_disk(path: std::path::PathBuf) -> Place {
+pub(super) fn on_disk(path: std::path::PathBuf) -> Place {
     Arc::new(move |opening| {
         let mut tries = 0;
         loop {

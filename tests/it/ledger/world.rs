@@ -251,6 +251,11 @@ impl World {
         id
     }
 
+    /// Learns of a key that was made in another world.
+    pub(super) fn knows(&self, key: KeyId, idempotency: Idempotency) {
+        self.modes.borrow_mut().insert(key, idempotency);
+    }
+
     /// A request as the ledger learns of it.
     pub(super) fn intent(&self, key: KeyId, ask: &Ask, call_id: CallId) -> Intent {
         let request = ask.request();
