@@ -282,11 +282,12 @@ class Flow:
             # The task would reach Stripe itself; here Stripe is the stand-in.
             return {"STRIPE_SECRET_KEY": self.standin.secret_key, "STRIPE_API_BASE": self.standin.url}
         if not self.approach.flow_mints:
-            return self.sidecar.task_environment()
+            return self.sidecar.flow_environment()
         # The task before this one mints, as prepare_vault_keys does: the script knows of nothing.
         cap = Decimal(sum(PRICE_LIST[name] for name in customers)) / 100 * Decimal("1.1")
         key = self.sidecar.issue(
             f"kestra-billing-{PERIOD}",
+            bearer=self.sidecar.issuer_key(),
             daily_usd_cap=str(cap.quantize(Decimal("0.01"))),
             idempotency="content",
             idempotency_scope=f"billing:{PERIOD}",

@@ -18,7 +18,7 @@ def issue_vault_key(customer):
     price_cents = price_list[customer]
     resp = httpx.post(
         f"{os.environ['KEYBRAKE_URL']}/admin/vault_keys",
-        headers={"Authorization": f"Bearer {os.environ['KEYBRAKE_ADMIN_KEY']}"},
+        headers={"Authorization": f"Bearer {os.environ['KEYBRAKE_ISSUER_KEY']}"},
         json={
             "label": f"kestra-billing-{customer}",
             "vendor": "stripe",

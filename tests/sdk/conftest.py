@@ -60,7 +60,7 @@ class World:
             "BILLING_PERIOD": "2026-07",
             "ITEMS": json.dumps([{"id": name, "amount_cents": cents} for name, cents in customers.items()]),
             "PRICE_LIST": str(prices),
-            **self.sidecar.task_environment(),
+            **self.sidecar.flow_environment(),
             **environment,
         }
         return Task(Path(sys.executable), DEMO / script, given)

@@ -23,6 +23,7 @@ class Sidecar:
     def __init__(self, workdir: Path, *, stripe_base: str, stripe_key: str) -> None:
         self.workdir = workdir
         self.admin_key = secrets.token_hex(32)
+        self._issuer_key: str | None = None
         self.ca = workdir / "ca.pem"
         self.log = workdir / "sidecar.log"
         self._settings = {
@@ -108,6 +109,25 @@ class Sidecar:
             "KEYBRAKE_ADMIN_KEY": self.admin_key,
         }
 
+    def issuer_key(self) -> str:
+        """What tasks mint with: bounds that their scripts do not choose. Made once; the ledger keeps it."""
+        if self._issuer_key is None:
+            bounds = {
+                "name": "billing flows",
+                "label_prefix": "kestra-",
+                "allowed_endpoints": ["POST /v1/charges"],
+                "max_cap_usd": "1000.00",
+                "daily_usd_cap": "5000.00",
+                "max_expires_in_seconds": 3600,
+                "expires_in_seconds": 86400,
+            }
+            self._issuer_key = self.api("POST", "/admin/issuers", bounds)["issuer_key"]
+        return self._issuer_key
+
+    def flow_environment(self) -> dict[str, str]:
+        """What a flow gives a task that mints its own vault key."""
+        return {"KEYBRAKE_URL": self.url, "KEYBRAKE_CA": str(self.ca), "KEYBRAKE_ISSUER_KEY": self.issuer_key()}
+
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A client command of the same program."""
         return subprocess.run(
@@ -132,7 +152,7 @@ class Sidecar:
         context = strict_context(self.ca)
         return call(method, f"{self.url}{path}", body, bearer=bearer or self.admin_key, context=context)
 
-    def issue(self, label: str, **fields: Any) -> dict[str, Any]:
+    def issue(self, label: str, bearer: str | None = None, **fields: Any) -> dict[str, Any]:
         """A vault key for charges; named fields replace or join the usual ones."""
         policy = {
             "label": label,
@@ -142,7 +162,7 @@ class Sidecar:
             "expires_in_seconds": 3600,
             **fields,
         }
-        return self.api("POST", "/admin/vault_keys", policy)
+        return self.api("POST", "/admin/vault_keys", policy, bearer)
 
     def revoke(self, key_id: str) -> None:
         self.api("DELETE", f"/admin/vault_keys/{key_id}")
