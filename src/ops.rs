@@ -14,9 +14,6 @@ use crate::clock::ClockWatch;
 use crate::ledger::Ledger;
 use crate::server::{ReplyBody, whole};
 
-/// Holds that one scrape counts at most.
-const HOLDS_COUNTED_MAX: usize = 100_000;
-
 /// What the listener looks at.
 #[derive(Debug)]
 pub struct Ops {
@@ -80,16 +77,12 @@ impl Ops {
     }
 
     fn holds(&self) -> String {
-        let Ok(page) = self.ledger.redb().holds(None, None, HOLDS_COUNTED_MAX) else { return String::new() };
-        let now = self.ledger.now();
-        let states = ["sending", "open", "doubt"];
+        let Ok((counts, oldest)) = self.ledger.redb().hold_census() else { return String::new() };
+        let oldest = oldest.map_or(0, |since| self.ledger.now().millis_since(since)) / 1_000;
         let mut lines = String::from("# HELP keybrake_holds Holds by state\n# TYPE keybrake_holds gauge\n");
-        for state in states {
-            let count = page.items.iter().filter(|view| view.hold.state.as_str() == state).count();
+        for (state, count) in counts {
             let _ = writeln!(lines, "keybrake_holds{{state=\"{state}\"}} {count}");
         }
-        let doubts = page.items.iter().filter(|view| view.hold.state.as_str() == "doubt");
-        let oldest = doubts.map(|view| now.millis_since(view.hold.since)).max().unwrap_or(0) / 1_000;
         // Writing to a string cannot fail.
         let _ = writeln!(
             lines,

@@ -1,11 +1,13 @@
 //! Reads, on snapshots: they see what is durable and never wait for the writer.
 
+use std::collections::BTreeMap;
+
 use redb::{ReadableTable, TableError};
 use serde_json::{Map, Value};
 
 use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
-use crate::hold::{Hold, Lane, Subject};
+use crate::hold::{Hold, HoldState, Lane, Subject};
 use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId};
 use crate::issuer::Issuer;
 use crate::key::{Key, Status};
@@ -266,6 +268,25 @@ impl RedbStore {
             .map(|hold| Ok(HoldView { call: self.call_by_id(hold.call_id)?, hold }))
             .collect::<Result<_, LedgerError>>()?;
         Ok(Page { items, next: holds.next })
+    }
+
+    /// How many live holds there are in each state, and since when the oldest doubt is one.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn hold_census(&self) -> Result<(BTreeMap<&'static str, u64>, Option<UnixMs>), LedgerError> {
+        let mut counts = BTreeMap::from([("sending", 0), ("open", 0), ("doubt", 0)]);
+        let txn = self.read()?;
+        let table = open_or!(txn, HOLDS, (counts, None));
+        let mut oldest: Option<UnixMs> = None;
+        for found in table.range((PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]))? {
+            let hold: Hold = row::decode(found?.1.value())?;
+            *counts.entry(hold.state.as_str()).or_default() += 1;
+            if hold.state == HoldState::Doubt {
+                oldest = Some(oldest.map_or(hold.since, |oldest| oldest.min(hold.since)));
+            }
+        }
+        Ok((counts, oldest))
     }
 
     /// One hold, live or ended.

@@ -1,6 +1,8 @@
 //! What is done on a tick, in bounded steps: counted refusals become records, rows whose time has come go, the index of
 //! calls follows the log, old records are deleted.
 
+use std::collections::HashSet;
+
 use minicbor::bytes::ByteArray;
 use redb::ReadableTable;
 
@@ -10,7 +12,7 @@ use crate::ledger::LedgerError;
 use crate::ledger::redb::tx::{MINUTE_MS, Tx, split_sealed, time_of};
 use crate::ledger::row::{
     self, AUDIT, AUDIT_LAST, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS,
-    KEY_KIND_VAULT, KEYS, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
+    KEY_KIND_VAULT, KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, Prune};
 use crate::time::{DAY_MS, UnixMs};
@@ -70,12 +72,20 @@ impl Tx<'_> {
             })?;
             due.push((at, kind, id));
         }
+        let mut in_use = None;
         for (at, kind, id) in due {
             self.wrote_rows();
             self.txn().open_table(DUE)?.remove((at, kind, &id))?;
             match kind {
                 DUE_CALL => self.look_at_call(CallId::from_bytes(id), now)?,
-                DUE_KEY => self.look_at_key(KeyId::from_bytes(id), now)?,
+                DUE_KEY => {
+                    // The live holds are looked through once for all keys of a step.
+                    let in_use = match &in_use {
+                        Some(in_use) => in_use,
+                        None => in_use.insert(self.keys_in_use()?),
+                    };
+                    self.look_at_key(KeyId::from_bytes(id), in_use, now)?;
+                }
                 DUE_HOLD => self.look_at_hold(HoldId::from_bytes(id), now)?,
                 _ => return Err(LedgerError::Corrupt("due row")),
             }
@@ -98,15 +108,9 @@ impl Tx<'_> {
     }
 
     /// A dead key goes when no live hold counts on it any more.
-    fn look_at_key(&mut self, id: KeyId, now: UnixMs) -> Result<(), LedgerError> {
+    fn look_at_key(&mut self, id: KeyId, in_use: &HashSet<KeyId>, now: UnixMs) -> Result<(), LedgerError> {
         let Some(key) = self.key(id)? else { return Ok(()) };
-        let mut in_use = false;
-        let all_live = (PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]);
-        for found in self.txn().open_table(HOLDS)?.range(all_live)? {
-            let hold: crate::hold::Hold = row::decode(found?.1.value())?;
-            in_use |= hold.key_id == id || hold.live.is_some_and(|live| live.key_id == id);
-        }
-        if in_use {
+        if in_use.contains(&id) {
             return self.put_due(now.plus_millis(DAY_MS), DUE_KEY, id.as_bytes());
         }
         self.txn().open_table(KEYS)?.remove(id.as_bytes())?;
@@ -115,6 +119,16 @@ impl Tx<'_> {
             (KEY_KIND_VAULT, id.as_bytes(), 0, 0)..=(KEY_KIND_VAULT, id.as_bytes(), u32::MAX, u8::MAX);
         self.txn().open_table(COUNTERS)?.retain_in(counters, |_, _| false)?;
         Ok(())
+    }
+
+    /// The keys that pay for live holds, or under which they are being sent.
+    fn keys_in_use(&self) -> Result<HashSet<KeyId>, LedgerError> {
+        let mut keys = HashSet::new();
+        for hold in self.live_holds()? {
+            keys.insert(hold.key_id);
+            keys.extend(hold.live.map(|live| live.key_id));
+        }
+        Ok(keys)
     }
 
     fn look_at_hold(&mut self, id: HoldId, now: UnixMs) -> Result<(), LedgerError> {
