@@ -24,8 +24,8 @@ use crate::call::Estate;
 use crate::forward::{Forwarder, FreeRequest};
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
-use crate::key::Key;
-use crate::ledger::rules::{issuer_revoked, kill_switch};
+use crate::key::{Constraint, Key};
+use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::proxy::flights::Flights;
 use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
@@ -252,14 +252,34 @@ impl Proxy {
         let request_id = course.request_id.clone();
         let reading =
             read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread))?;
+        if reading.account.as_deref() == Some(estate.account.as_str()) {
+            let own =
+                "Stripe-Account names the sidecar's own account: leave it out, or one call has two names.";
+            return Err((Refusal::new(Code::AccountNotAllowed, own).into(), request::facts(&reading, key)));
+        }
         let facts = request::facts(&reading, key);
-        let effect = permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
+        let (effect, open) =
+            permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
+        if effect == Effect::Cancel {
+            self.object_keeps(&open, &reading).map_err(|no| (no, facts.clone()))?;
+        }
         let answer = match effect {
             Effect::Free | Effect::Cancel => self.pass_on(course, key, &reading, effect, &facts).await,
             Effect::Priced(priced) => self.spend(course, key, &reading, Some(priced), &estate).await,
             Effect::Unpriced => self.spend(course, key, &reading, None, &estate).await,
         };
         answer.map_err(|no| (no, facts))
+    }
+
+    /// Constraints that a cancel leaves to its object, which the ledger must know then.
+    fn object_keeps(&self, open: &[Constraint], reading: &Reading<'_>) -> Result<(), No> {
+        if open.is_empty() {
+            return Ok(());
+        }
+        let account = reading.account.as_deref().unwrap_or_default();
+        let object = reading.ids.first().map(String::as_str).unwrap_or_default();
+        let hold = self.ledger.redb().hold_of_object(account, object)?;
+        Ok(keeps_constraints(open, hold.as_ref())?)
     }
 
     /// Whether the key opens anything right now, and for whose account.
@@ -364,8 +384,9 @@ impl Proxy {
     }
 }
 
-/// Scope, account, idempotency key and parameters: what key and request alone decide.
-fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refusal> {
+/// Scope, account, idempotency key and parameters: what key and request alone decide, and the constraints that are left
+/// to the object.
+fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<(Effect, Vec<Constraint>), Refusal> {
     let operation = reading.operation;
     let Some(grant) = key.grant_for(operation.template) else {
         return Err(Refusal::new(
@@ -395,8 +416,9 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<Effect, Refu
         rules::refuse_parameters(&reading.params, key)?;
     }
     rules::refuse_expand(&reading.params, key)?;
-    rules::keep_constraints(&reading.params, key, effect)?;
-    Ok(effect)
+    let is_read = operation.class == Class::Read;
+    let open = rules::keep_constraints(&reading.params, key, effect, is_read)?;
+    Ok((effect, open))
 }
 
 fn unread_facts(head: &Parts, path: &str, request_id: &str) -> Facts {

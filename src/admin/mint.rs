@@ -83,6 +83,10 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
     let constraints = constraints(&mut fields)?;
     let accounts = accounts(&mut fields)?;
     let budget = text(&mut fields, "budget")?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':' | '@');
+    if budget.as_deref().is_some_and(|name| !name.chars().all(plain) || [".", ".."].contains(&name)) {
+        return Err(invalid("budget", "may have letters, digits and - _ . : @ only: it is part of a path"));
+    }
     let stop_budget_on_refusal = fields.take("stop_budget_on_refusal", "true or false")?.unwrap_or(false);
     if stop_budget_on_refusal && budget.is_none() {
         return Err(invalid("stop_budget_on_refusal", "needs a \"budget\""));

@@ -16,7 +16,8 @@ use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::upkeep::call_of;
 use crate::ledger::row::{
     self, AUDIT, AUDIT_LAST, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, HOLDS,
-    ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, PHASE_LIVE, meta,
+    ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_LIVE,
+    meta,
 };
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
@@ -287,6 +288,19 @@ impl RedbStore {
             }
         }
         Ok((counts, oldest))
+    }
+
+    /// The hold of an object at the vendor.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
+        let id = {
+            let txn = self.read()?;
+            let table = open_or!(txn, OBJECTS, None);
+            table.get((account, object))?.map(|found| HoldId::from_bytes(*found.value()))
+        };
+        id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
 
     /// One hold, live or ended.

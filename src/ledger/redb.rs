@@ -14,11 +14,12 @@ use serde_json::{Map, Value};
 
 use crate::audit::{Entry, Event};
 use crate::id::{BootId, LedgerId};
-use crate::ledger::redb::tx::{Head, Tx};
+use crate::ledger::redb::tx::{Head, Judged, Tx};
 use crate::ledger::row::{self, BindingRow, FORMAT, meta};
 use crate::ledger::rules::{self, Verdict, resolve};
 use crate::ledger::writer::{Command, Reply};
 use crate::ledger::{Admitted, Held, LedgerError, Opening, entry};
+use crate::refusal::CapKind;
 use crate::time::{Clock, UnixMs};
 
 macro_rules! storage_errors {
@@ -374,7 +375,7 @@ fn admit_call(
     admit: &rules::Admit,
     now: UnixMs,
 ) -> Result<Admitted, LedgerError> {
-    let (key, verdict) = tx.judge(key_id, admit, now)?;
+    let Judged { key, payer, verdict } = tx.judge(key_id, admit, now)?;
     match verdict {
         Verdict::Send(effects) => {
             let held = Held::of(&effects, admit.intent.basis.clone())?;
@@ -388,6 +389,10 @@ fn admit_call(
         }
         Verdict::Refuse(refusal) => {
             tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
+            // The limit of one call is the caller's own; all other caps are the payer's.
+            let of_one_call =
+                refusal.figures.as_ref().is_some_and(|figures| figures.cap == CapKind::PerRequest);
+            tx.stop_budget(if of_one_call { &key } else { &payer }, &refusal, now)?;
             Ok(Admitted::Refused(refusal))
         }
     }

@@ -17,7 +17,7 @@ use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall};
 use crate::id::{BootId, CallId, HoldId};
 use crate::intent::{Claim, Intent, Verb};
 use crate::issuer::Issuer;
-use crate::key::{Idempotency, Key};
+use crate::key::{Constraint, Idempotency, Key};
 use crate::ledger::counter::{Contradiction, Counters};
 use crate::ledger::entry;
 use crate::money::{Currency, MicroUsd, Money};
@@ -116,7 +116,7 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
     if state.kill_switch {
         return Err(kill_switch());
     }
-    object_keeps_constraints(state, &command.intent)?;
+    keeps_constraints(&command.intent.open_constraints, state.object_hold)?;
     let attempt = match same_call(state, &command.intent, now)? {
         Same::Replay(call) => return Ok(replay(state, command, call, now)),
         Same::Resend(call, hold) => return resend(state, command, call, hold, now),
@@ -146,9 +146,12 @@ fn budget_stopped(key: &Key) -> Refusal {
 }
 
 /// Constraints that the request left open are kept by the object's own fields, or refuse the call.
-fn object_keeps_constraints(state: &Loaded<'_>, intent: &Intent) -> Result<(), Refusal> {
-    for constraint in &intent.open_constraints {
-        let value = state.object_hold.and_then(|hold| hold.own_field(&constraint.param));
+///
+/// # Errors
+/// `parameter_not_allowed`, also for an object that the ledger does not know.
+pub fn keeps_constraints(open: &[Constraint], object: Option<&Hold>) -> Result<(), Refusal> {
+    for constraint in open {
+        let value = object.and_then(|hold| hold.own_field(&constraint.param));
         if !value.is_some_and(|value| constraint.rule.admits(&value)) {
             return Err(Refusal::of_param(
                 Code::ParameterNotAllowed,
@@ -313,6 +316,9 @@ fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal
             limits::one_call_fits(state.key, *usd)?;
             Ok(new(*lane, *money, *usd))
         }
+        Claim::Unpriced if is_held_under_a_cap(state) => {
+            Err(amount_unknown("This would change an object whose money is held under a cap"))
+        }
         Claim::Unpriced if state.key.is_uncapped() => Ok(Reserve {
             on: None,
             payer: state.key,
@@ -360,6 +366,16 @@ fn price_use<'a>(
         )),
         HoldState::Open => {
             let more = usd.saturating_sub(hold.usd);
+            let payer = state.owner.unwrap_or(state.key);
+            let gone = payer.revoked_at.is_some()
+                || payer.closed_at.is_some()
+                || state.owner_issuer.is_some_and(|issuer| issuer.revoked_at.is_some());
+            if more > MicroUsd::ZERO && (payer.issuer != state.key.issuer || gone) {
+                return Err(Refusal::new(
+                    Code::ParameterNotAllowed,
+                    "This call would raise a hold that another issuer's key, or a dead one, pays for.",
+                ));
+            }
             // An increment costs what it adds; confirm and capture move all of it.
             limits::one_call_fits(state.key, if verb == Verb::Increment { more } else { usd })?;
             Ok(Reserve {
@@ -394,6 +410,12 @@ fn known_object<'a>(state: &Loaded<'a>) -> Result<(&'a Hold, Currency), Refusal>
     state.object_hold.and_then(|hold| Some((hold, hold.currency?))).ok_or_else(|| {
         amount_unknown("The object was not made through this sidecar, so its amount is not known here")
     })
+}
+
+/// Whether the object is held for a key with a cap, which a call without a price could raise unseen.
+fn is_held_under_a_cap(state: &Loaded<'_>) -> bool {
+    let held = state.object_hold.is_some_and(|hold| hold.state.is_live() && hold.currency.is_some());
+    held && !state.owner.is_some_and(Key::is_uncapped)
 }
 
 fn amount_unknown(why: &str) -> Refusal {
@@ -554,8 +576,7 @@ fn held(
         aliases: of_object.map(|hold| hold.aliases.clone()).unwrap_or_default(),
         account: command.intent.request.account.clone().unwrap_or_default(),
         customer: of_object
-            .and_then(|hold| hold.customer.clone())
-            .or_else(|| command.intent.facts.customer.clone()),
+            .map_or_else(|| command.intent.facts.customer.clone(), |hold| hold.customer.clone()),
         object_over: false,
     }
 }

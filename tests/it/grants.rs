@@ -287,6 +287,128 @@ async fn the_first_refusal_stops_a_budget_until_it_is_resumed() {
     assert_eq!((of("budget_stopped"), of("budget_resumed")), (1, 1));
 }
 
+/// A payment intent of this customer (of none when empty), ready to be confirmed; its id.
+async fn intent_of(sidecar: &Sidecar, key: &str, idempotency_key: &str, more: &[(&str, &str)]) -> String {
+    let mut form = vec![("amount", "500"), ("currency", "usd"), ("payment_method", "pm_card_visa")];
+    form.extend(more);
+    let headers = [("idempotency-key", idempotency_key)];
+    let made = sidecar.call("POST", "/v1/payment_intents", key, &headers, &form).await;
+    assert_eq!(made.status, 200, "{}", made.text);
+    made.body["id"].as_str().unwrap().to_owned()
+}
+
+/// Saying whose an object is does not make it his: a constrained key named its own customer on an object of nobody's,
+/// was refused by Stripe, and could use the object from then on.
+#[tokio::test]
+async fn a_constrained_key_cannot_write_its_customer_onto_an_object() {
+    let (standin, sidecar) = world().await;
+    let endpoints = json!(["POST /v1/payment_intents", "POST /v1/payment_intents/{id}/confirm"]);
+    let (open, _) = sidecar.mint("1000", json!({"allowed_endpoints": endpoints})).await;
+    let id = intent_of(&sidecar, &open, "a", &[]).await;
+    let more = json!({"allowed_endpoints": endpoints, "constraints": {"customer": ["cus_9"]}});
+    let (bound, _) = sidecar.mint("1000", more).await;
+    let path = format!("/v1/payment_intents/{id}/confirm");
+    for (key, form) in [("c-1", &[][..]), ("c-2", &[("customer", "cus_9")]), ("c-3", &[])] {
+        let reply = sidecar.call("POST", &path, &bound, &[("idempotency-key", key)], form).await;
+        assert_eq!(reply.verdict(), (403, "parameter_not_allowed"), "{key}: {}", reply.text);
+    }
+    assert_eq!(standin.executed().len(), 0);
+}
+
+#[tokio::test]
+async fn a_constrained_key_neither_cancels_nor_captures_around_its_constraints() {
+    let (standin, sidecar) = world().await;
+    let endpoints = json!([
+        "POST /v1/payment_intents",
+        "POST /v1/payment_intents/{id}/capture",
+        "POST /v1/payment_intents/{id}/cancel"
+    ]);
+    let (open, _) = sidecar.mint("1000", json!({"allowed_endpoints": endpoints})).await;
+    let manual = [("confirm", "true"), ("capture_method", "manual")];
+    let mut ids = Vec::new();
+    for (key, customer) in [("a", "cus_8"), ("b", "cus_9")] {
+        let more = [&manual[..], &[("customer", customer)]].concat();
+        ids.push(intent_of(&sidecar, &open, key, &more).await);
+    }
+    let more = json!({"allowed_endpoints": endpoints, "constraints": {"customer": ["cus_9"]}});
+    let (bound, _) = sidecar.mint("1000", more).await;
+    let cancel = async |id: &str| {
+        let path = format!("/v1/payment_intents/{id}/cancel");
+        sidecar.call("POST", &path, &bound, &[], &[]).await.status
+    };
+    assert_eq!((cancel(&ids[0]).await, cancel("pi_unknown").await, cancel(&ids[1]).await), (403, 403, 200));
+    let more = json!({"allowed_endpoints": endpoints, "constraints": {"amount": ["500"]}});
+    let (exact, _) = sidecar.mint("1000", more).await;
+    let path = format!("/v1/payment_intents/{}/capture", ids[0]);
+    let capture = async |form: &[(&str, &str)]| {
+        sidecar.call("POST", &path, &exact, &[("idempotency-key", "z")], form).await
+    };
+    let part = capture(&[("amount_to_capture", "50")]).await;
+    assert_eq!(part.verdict(), (403, "parameter_not_allowed"), "another name for the amount");
+    assert_eq!(capture(&[]).await.status, 200);
+    assert_eq!(standin.executed().last().map(|one| one.amount), Some(500));
+}
+
+/// Stripe takes its own account's id in `Stripe-Account` for no header at all: one call had two names.
+#[tokio::test]
+async fn the_own_account_has_one_name() {
+    let (standin, sidecar) = world().await;
+    let own = Options::default().account;
+    let content = json!({"accounts": [own], "idempotency": "content", "idempotency_scope": "b:1"});
+    let (key, _) = sidecar.mint("1000", content).await;
+    let form = [("amount", "500"), ("currency", "usd"), ("customer", "cus_8"), ("source", "tok_visa")];
+    assert_eq!(sidecar.call("POST", "/v1/charges", &key, &[], &form).await.status, 200);
+    let named = sidecar.call("POST", "/v1/charges", &key, &[("stripe-account", &own)], &form).await;
+    assert_eq!(named.verdict(), (403, "account_not_allowed"), "{}", named.text);
+    assert_eq!(standin.executed().len(), 1);
+}
+
+#[tokio::test]
+async fn a_call_without_a_price_leaves_the_hold_its_object() {
+    let (_standin, sidecar) = world().await;
+    let endpoints = json!([
+        "POST /v1/payment_intents",
+        "POST /v1/payment_intents/{id}",
+        "POST /v1/payment_intents/{id}/confirm"
+    ]);
+    let more = json!({"allowed_endpoints": endpoints, "uncapped": true, "daily_usd_cap": null});
+    let (free, _) = sidecar.mint_policy(&policy(&more)).await;
+    let id = intent_of(&sidecar, &free, "a", &[]).await;
+    let update = async |id: &str, key: &str, form: &[(&str, &str)]| {
+        sidecar
+            .call("POST", &format!("/v1/payment_intents/{id}"), &free, &[("idempotency-key", key)], form)
+            .await
+    };
+    assert_eq!(update(&id, "b", &[("description", "x")]).await.status, 200);
+    let path = format!("/v1/payment_intents/{id}/confirm");
+    let confirmed = sidecar.call("POST", &path, &free, &[("idempotency-key", "c")], &[]).await;
+    assert_eq!(confirmed.status, 200, "the intent is still known: {}", confirmed.text);
+    let (capped, _) = sidecar.mint("10", json!({"allowed_endpoints": ["POST /v1/payment_intents"]})).await;
+    let held = intent_of(&sidecar, &capped, "d", &[]).await;
+    let raised = update(&held, "e", &[("amount", "90000")]).await;
+    assert_eq!(raised.verdict(), (403, "amount_unknown"), "what is held under a cap is not raised unseen");
+}
+
+#[tokio::test]
+async fn no_key_raises_what_another_issuers_key_pays_for() {
+    let (_standin, sidecar) = world().await;
+    let increment = "POST /v1/payment_intents/{id}/increment_authorization";
+    let endpoints = json!(["POST /v1/payment_intents", increment]);
+    let (rich, id) = sidecar.mint("1000", json!({"allowed_endpoints": endpoints})).await;
+    let manual = [("confirm", "true"), ("capture_method", "manual"), ("customer", "cus_9")];
+    let intent = intent_of(&sidecar, &rich, "a", &manual).await;
+    let (ik, _) = issuer(&sidecar, json!({"allowed_endpoints": [increment]})).await;
+    let made = sidecar
+        .json("POST", "/admin/vault_keys", &ik, Some(&policy(&json!({"allowed_endpoints": [increment]}))))
+        .await;
+    let poor = made.body["vault_key"].as_str().unwrap().to_owned();
+    let path = format!("/v1/payment_intents/{intent}/increment_authorization");
+    let raised =
+        sidecar.call("POST", &path, &poor, &[("idempotency-key", "i")], &[("amount", "90000")]).await;
+    assert_eq!(raised.verdict(), (403, "parameter_not_allowed"), "{}", raised.text);
+    assert_eq!(sidecar.spend(&id).await.1, "5.00");
+}
+
 /// Runs all at once and waits for all.
 async fn futures_of<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
     let mut waiting: Vec<_> = futures.map(|future| (Box::pin(future), None)).collect();

@@ -275,7 +275,12 @@ impl Sidecar {
         for (name, value) in more.as_object().unwrap() {
             policy[name] = value.clone();
         }
-        let reply = self.admin("POST", "/admin/vault_keys", Some(&policy)).await;
+        self.mint_policy(&policy).await
+    }
+
+    /// Mints a key of a whole policy. Answers secret and id.
+    pub(crate) async fn mint_policy(&self, policy: &Value) -> (String, String) {
+        let reply = self.admin("POST", "/admin/vault_keys", Some(policy)).await;
         assert_eq!(reply.status, 201, "{}", reply.text);
         let text = |field: &str| reply.body[field].as_str().unwrap().to_owned();
         (text("vault_key"), text("id"))

@@ -35,6 +35,15 @@ pub(super) struct Head {
     pub(super) at: UnixMs,
 }
 
+/// What was decided about a money call, and whose caps decided.
+pub(super) struct Judged {
+    /// The key under which it was made.
+    pub(super) key: Key,
+    /// The key that pays.
+    pub(super) payer: Key,
+    pub(super) verdict: Verdict,
+}
+
 /// A write transaction with what every command needs at hand.
 pub(super) struct Tx<'t> {
     txn: &'t WriteTransaction,
@@ -308,12 +317,7 @@ impl<'t> Tx<'t> {
 
     // --- verbs
 
-    pub(super) fn judge(
-        &self,
-        key_id: KeyId,
-        admit: &Admit,
-        now: UnixMs,
-    ) -> Result<(Key, Verdict), LedgerError> {
+    pub(super) fn judge(&self, key_id: KeyId, admit: &Admit, now: UnixMs) -> Result<Judged, LedgerError> {
         let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
         let kill_switch = self.meta::<KillSwitchRow>(meta::KILL_SWITCH)?.is_some();
         let call = self.call(&admit.intent.identity)?;
@@ -324,7 +328,13 @@ impl<'t> Tx<'t> {
                 let account = admit.intent.request.account.as_deref().unwrap_or_default();
                 self.hold_of_object(account, object)?
             }
-            Claim::Create { .. } | Claim::Unpriced => None,
+            // What an operation without a price is about may be held under a price.
+            Claim::Unpriced => {
+                let account = admit.intent.request.account.as_deref().unwrap_or_default();
+                let object = admit.intent.facts.object_id.as_deref();
+                object.map(|object| self.hold_of_object(account, object)).transpose()?.flatten()
+            }
+            Claim::Create { .. } => None,
         };
         let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
         let mut counters = Counters::default();
@@ -337,6 +347,11 @@ impl<'t> Tx<'t> {
                 }
             }
         }
+        // A call on a live hold is paid for by the hold's key.
+        let payer = match (&admit.intent.claim, &object_hold, &owner) {
+            (Claim::Use { .. }, Some(hold), Some(owner)) if hold.state.is_live() => owner,
+            _ => &key,
+        };
         let issuer = self.issuer_of(&key)?;
         let owner_issuer = owner.as_ref().map(|owner| self.issuer_of(owner)).transpose()?.flatten();
         let loaded = Loaded {
@@ -350,11 +365,12 @@ impl<'t> Tx<'t> {
             owner: owner.as_ref(),
             issuer: issuer.as_ref(),
             owner_issuer: owner_issuer.as_ref(),
-            budget_stopped: self.is_stopped(&key)?,
+            budget_stopped: self.is_stopped(&key)? || self.is_stopped(payer)?,
             counters: &counters,
         };
         let verdict = rules::admit(&loaded, admit, now);
-        Ok((key, verdict))
+        let payer = payer.clone();
+        Ok(Judged { key, payer, verdict })
     }
 
     pub(super) fn resolve(
@@ -485,7 +501,8 @@ impl<'t> Tx<'t> {
         now: UnixMs,
     ) -> Result<(), LedgerError> {
         let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
-        self.count_refusal(&key, facts, refusal, duration_ms, now)
+        self.count_refusal(&key, facts, refusal, duration_ms, now)?;
+        self.stop_budget(&key, refusal, now)
     }
 
     /// The first refusal of a minute is a record at once; its equals are counted and recorded together later.
@@ -517,7 +534,7 @@ impl<'t> Tx<'t> {
         };
         self.wrote = true;
         self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
-        self.stop_budget(key, refusal, now)
+        Ok(())
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {

@@ -19,11 +19,16 @@ pub fn subjects_of(key: &Key) -> Vec<Subject> {
 /// The days whose counters decide whether a key may spend more: all together, today, the days of its life when it
 /// lives a day or less, and the day of the hold that would be raised.
 pub fn days_of(key: &Key, object_hold: Option<&Hold>, now: UnixMs) -> Vec<Day> {
-    let mut days = vec![Day::TOTAL, now.day(), key.created_at.day()];
+    let mut days = vec![Day::TOTAL, now.day(), key.created_at.day(), last_day(key, now)];
     days.extend(object_hold.map(|hold| hold.day));
     days.sort_unstable();
     days.dedup();
     days
+}
+
+/// Today, or the last day of a key that is over: what it holds can still be raised.
+fn last_day(key: &Key, now: UnixMs) -> Day {
+    now.day().min(key.expires_at.day())
 }
 
 /// The limit of one call, which needs no running totals.
@@ -87,7 +92,9 @@ fn limits(state: &Loaded<'_>, reserve: &Reserve<'_>, now: UnixMs) -> Vec<Limit> 
     let of_day = |subject| state.counters.of(subject, day, lane);
     let window = match (whole_life, own) {
         (false, _) => of_day(own),
-        (true, Subject::Budget(_)) => since(state.counters, own, key.created_at.day(), now.day(), lane),
+        (true, Subject::Budget(_)) => {
+            since(state.counters, own, key.created_at.day(), last_day(key, now), lane)
+        }
         (true, Subject::Key(_) | Subject::Issuer(_)) => total(own),
     };
     let resets_at = if whole_life { None } else { day_ends };

@@ -104,7 +104,7 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
         )
     };
     let keep = command.answer.as_ref().filter(|_| ended.is_some_and(is_remembered));
-    let look_at = remember_until(state.key, now);
+    let look_at = remember_until(state.key, now).max(remember_until(state.owner, now));
     if keep.is_some() {
         call.answered_at = Some(now);
     }
@@ -115,7 +115,8 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
     calls.extend(carried_along(state.others, &change.hold));
     Effects {
         calls,
-        objects: command.objects.clone(),
+        // What has no price takes no object from the hold that has one.
+        objects: if was.currency.is_some() { command.objects.clone() } else { Vec::new() },
         answer: keep.map(|answer| (state.call.id, answer.clone())),
         key: over_hold.then(|| Key { closed_at: state.owner.closed_at.or(Some(now)), ..state.owner.clone() }),
         look_at_call: Some((look_at, state.call.id)),

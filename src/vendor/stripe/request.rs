@@ -236,7 +236,7 @@ pub fn intent(
         None => Claim::Unpriced,
     };
     let account = reading.account.as_deref().unwrap_or_default();
-    let open_constraints = rules::keep_constraints(params, key, rules::Effect::of(priced))?;
+    let open_constraints = rules::keep_constraints(params, key, rules::Effect::of(priced), false)?;
     let (identity, basis) = identity(reading, priced, key, around)?;
     let compared: Vec<_> =
         params.pairs().iter().filter(|(name, _)| form::base(name) != "expand").cloned().collect();

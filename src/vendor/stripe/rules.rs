@@ -203,7 +203,12 @@ pub fn refuse_credentials(params: &Params) -> Result<(), Refusal> {
 ///
 /// # Errors
 /// `parameter_not_allowed`, also for a constrained parameter that is absent.
-pub fn keep_constraints(params: &Params, key: &Key, effect: Effect) -> Result<Vec<Constraint>, Refusal> {
+pub fn keep_constraints(
+    params: &Params,
+    key: &Key,
+    effect: Effect,
+    is_read: bool,
+) -> Result<Vec<Constraint>, Refusal> {
     let mut open = Vec::new();
     for constraint in &key.constraints {
         let refuse = |why: &str| {
@@ -214,13 +219,29 @@ pub fn keep_constraints(params: &Params, key: &Key, effect: Effect) -> Result<Ve
             ))
         };
         match (params.get(&constraint.param), effect) {
-            (Some(value), _) if constraint.rule.admits(value) => {}
+            (Some(value), Effect::Priced(priced)) if constraint.rule.admits(value) => {
+                // What a later call says of the payer does not make the object his.
+                if priced.has_object() && ["customer", "currency"].contains(&constraint.param.as_str()) {
+                    open.push(constraint.clone());
+                }
+            }
+            (Some(value), Effect::Cancel) if constraint.rule.admits(value) => open.push(constraint.clone()),
+            (Some(value), Effect::Free | Effect::Unpriced) if constraint.rule.admits(value) => {}
             (Some(_), _) => return refuse("is outside of what this key allows"),
             (None, Effect::Priced(priced)) if priced.has_object() && object_tells(&constraint.param) => {
+                let other = AMOUNTS.contains(&constraint.param.as_str())
+                    && AMOUNTS
+                        .iter()
+                        .filter_map(|name| params.get(name))
+                        .any(|value| !constraint.rule.admits(value));
+                if other {
+                    return refuse("is constrained by this key, and this call names another amount");
+                }
                 open.push(constraint.clone());
             }
-            (None, Effect::Free | Effect::Cancel) => {}
-            (None, Effect::Priced(_) | Effect::Unpriced) => {
+            (None, Effect::Cancel) if object_tells(&constraint.param) => open.push(constraint.clone()),
+            (None, Effect::Free) if is_read => {}
+            (None, Effect::Free | Effect::Cancel | Effect::Priced(_) | Effect::Unpriced) => {
                 return refuse("is constrained by this key, so it must be given");
             }
         }
@@ -241,6 +262,9 @@ impl Priced {
         }
     }
 }
+
+/// Names under which operations take the amount of their object.
+const AMOUNTS: &[&str] = &["amount", "amount_to_capture", "amount_to_confirm"];
 
 /// Whether an object itself says what a parameter would.
 fn object_tells(param: &str) -> bool {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use keybrake::call::Outcome;
 use keybrake::hold::Lane;
-use keybrake::ledger::{Ledger, LedgerError};
+use keybrake::ledger::{Admitted, Ledger, LedgerError};
+use keybrake::time::DAY_MS;
 use redb::{Database, TableDefinition};
 
 use crate::ledger::backend::File;
@@ -107,4 +108,25 @@ async fn a_write_that_fails_latches() {
     let again = world.held(key, &Ask::charge("a", 100)).await;
     assert!(!again.first_send());
     world.check();
+}
+
+/// A doubt of a key with a long memory was sent again under a key with a short one, and forgotten by the short one's
+/// measure: days later the same call was a new charge.
+#[tokio::test]
+async fn who_sends_a_doubt_again_does_not_shorten_its_memory() {
+    let world = World::new(in_memory());
+    let long = world.key("long", |_| ()).await;
+    let short = world.key("short", |key| key.remember_days = 2).await;
+    let ask = Ask::charge("k", 100);
+    let held = world.held(long, &ask).await;
+    world.ledger().resolve(held, world.resolve(Outcome::Unknown, &[], Some(500))).await.unwrap();
+    let held = world.held(short, &ask).await;
+    let resolve = world.resolve(Outcome::Spent { minor: 100 }, &["ch_k"], Some(200));
+    world.ledger().resolve(held, resolve).await.unwrap();
+    for _ in 0..3 {
+        world.pass(DAY_MS);
+        world.ledger().tick().await.unwrap();
+    }
+    let again = world.admit(long, &ask).await.unwrap();
+    assert!(matches!(again, Admitted::Replay { .. }), "{again:?}");
 }
