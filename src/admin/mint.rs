@@ -3,12 +3,12 @@
 use serde_json::{Map, Value, json};
 
 use crate::admin::fields::{Fields, invalid};
-use crate::admin::show;
 use crate::id::{IssuerId, KeyId};
 use crate::issuer::Issuer;
 use crate::key::{
     Caps, Constraint, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX, Rule,
 };
+use crate::ledger::entry::written;
 use crate::money::MicroUsd;
 use crate::refusal::Refusal;
 use crate::secret::KeyDigest;
@@ -390,7 +390,7 @@ pub fn policy(key: &Key, now: UnixMs) -> Map<String, Value> {
     set("idempotency_fields", fields);
     set("remember_days", Value::from(key.remember_days));
     set("client_secrets", Value::from(key.client_secrets));
-    set("constraints", show::constraints(&key.constraints));
+    set("constraints", written(&key.constraints));
     set("accounts", json!(key.accounts));
     set("issuer", key.issuer.map_or(Value::Null, |issuer| Value::from(issuer.to_string())));
     set("budget", key.budget.as_deref().map_or(Value::Null, Value::from));

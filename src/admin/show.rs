@@ -6,8 +6,9 @@ use crate::call::{Call, CallState};
 use crate::hold::{Hold, Lane, Subject};
 use crate::id::BudgetId;
 use crate::issuer::Issuer;
-use crate::key::{Constraint, Key, Rule};
+use crate::key::Key;
 use crate::ledger::counter::Counter;
+use crate::ledger::entry::written;
 use crate::ledger::rules::limits;
 use crate::ledger::{Ledger, LedgerError};
 use crate::money::MicroUsd;
@@ -149,7 +150,7 @@ pub fn issuer(issuer: &Issuer, now: UnixMs) -> Map<String, Value> {
         ("status", Value::from(issuer.status(now))),
         ("label_prefix", Value::from(issuer.label_prefix.as_str())),
         ("allowed_endpoints", json!(grants)),
-        ("constraints", constraints(&issuer.constraints)),
+        ("constraints", written(&issuer.constraints)),
         ("max_usd_per_request", usd(issuer.per_request)),
         ("max_cap_usd", usd(issuer.max_cap)),
         ("daily_usd_cap", usd(issuer.daily)),
@@ -162,25 +163,6 @@ pub fn issuer(issuer: &Issuer, now: UnixMs) -> Map<String, Value> {
         ("revoked_at", issuer.revoked_at.map_or(Value::Null, |at| at.to_string().into())),
     ];
     rows.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-}
-
-/// Constraints as they are written.
-pub fn constraints(constraints: &[Constraint]) -> Value {
-    let rows = constraints.iter().map(|constraint| {
-        let rule = match &constraint.rule {
-            Rule::OneOf(values) => json!(values),
-            Rule::Between { min, max } => {
-                let bounds = [("min", min), ("max", max)].into_iter();
-                Value::Object(
-                    bounds
-                        .filter_map(|(name, bound)| Some((name.to_owned(), Value::from((*bound)?))))
-                        .collect(),
-                )
-            }
-        };
-        (constraint.param.clone(), rule)
-    });
-    Value::Object(rows.collect())
 }
 
 /// What all keys of an issuer have spent together.

@@ -1,11 +1,11 @@
 //! Audit entries of the ledger's own events.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::hold::{Facts, Hold};
 use crate::issuer::Issuer;
-use crate::key::Key;
+use crate::key::{Constraint, Key, Rule};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
 
@@ -77,9 +77,18 @@ pub fn of_issuer(at: UnixMs, event: Event, actor: &str, issuer: &Issuer) -> Entr
     let detail: Map<String, Value> = [
         ("name", Value::from(issuer.name.as_str())),
         ("label_prefix", Value::from(issuer.label_prefix.as_str())),
+        (
+            "allowed_endpoints",
+            issuer.grants.iter().map(|grant| Value::from(grant.written.as_str())).collect(),
+        ),
+        ("constraints", written(&issuer.constraints)),
+        ("max_usd_per_request", usd(issuer.per_request)),
         ("max_cap_usd", usd(issuer.max_cap)),
         ("daily_usd_cap", usd(issuer.daily)),
         ("total_usd_cap", usd(issuer.total)),
+        ("daily_usd_out_cap", usd(issuer.daily_out)),
+        ("max_expires_in_seconds", Value::from(issuer.max_expires_in_seconds)),
+        ("idempotency", issuer.idempotency.as_deref().map_or(Value::Null, Value::from)),
         ("expires_at", Value::from(issuer.expires_at.to_string())),
     ]
     .into_iter()
@@ -107,4 +116,23 @@ pub fn of_admin(
         detail: (!detail.is_empty()).then_some(detail),
         ..Entry::default()
     }
+}
+
+/// Constraints as they are written.
+pub fn written(constraints: &[Constraint]) -> Value {
+    let rows = constraints.iter().map(|constraint| {
+        let rule = match &constraint.rule {
+            Rule::OneOf(values) => json!(values),
+            Rule::Between { min, max } => {
+                let bounds = [("min", min), ("max", max)].into_iter();
+                Value::Object(
+                    bounds
+                        .filter_map(|(name, bound)| Some((name.to_owned(), Value::from((*bound)?))))
+                        .collect(),
+                )
+            }
+        };
+        (constraint.param.clone(), rule)
+    });
+    Value::Object(rows.collect())
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::audit::Event;
 use crate::id::{BudgetId, IssuerId, KeyId};
 use crate::issuer::Issuer;
-use crate::key::Key;
+use crate::key::{Idempotency, Key};
 use crate::ledger::redb::tx::Tx;
 use crate::ledger::row::{
     self, BUDGETS, BudgetRow, DUE_KEY, ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS,
@@ -142,10 +142,19 @@ impl Tx<'_> {
 
 /// The policy of a key for the record of its making: what stays known after the row is gone.
 fn policy_detail(key: &Key) -> Map<String, Value> {
+    let (scope, fields) = match &key.idempotency {
+        Idempotency::Content { scope, fields } => (Value::from(scope.as_str()), Value::from(fields.clone())),
+        Idempotency::Required | Idempotency::Client => (Value::Null, Value::Null),
+    };
     let usd = |cap: Option<crate::money::MicroUsd>| cap.map_or(Value::Null, |cap| cap.to_string().into());
     let grants: Vec<Value> = key.grants.iter().map(|grant| Value::from(grant.written.as_str())).collect();
     [
         ("allowed_endpoints", Value::from(grants)),
+        ("constraints", entry::written(&key.constraints)),
+        ("accounts", Value::from(key.accounts.clone())),
+        ("stop_budget_on_refusal", Value::from(key.stop_budget_on_refusal)),
+        ("idempotency_scope", scope),
+        ("idempotency_fields", fields),
         ("budget", key.budget.clone().map_or(Value::Null, Value::from)),
         ("daily_usd_cap", usd(key.caps.daily)),
         ("total_usd_cap", usd(key.caps.total)),

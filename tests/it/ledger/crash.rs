@@ -151,7 +151,8 @@ async fn a_crash_at_any_sync_loses_nothing_that_was_told() {
         }
         from = (at + 1).min(log.len());
     }
-    assert!(images > 500 / step, "{images} images");
+    // How many there are follows from how the store lays out its writes; far fewer would mean that nothing is swept.
+    assert!(images > 400 / step, "{images} images");
 }
 
 fn place_of(file: &File) -> Place {
