@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -54,9 +55,23 @@ impl Reply {
     }
 }
 
-/// A port that nobody listens on right now.
+/// Ports that tests give out: below those that the system gives to outgoing connections, so that none of those takes a
+/// port between its choice and its use, or while a sidecar is down.
+const PORTS: std::ops::Range<u16> = 18_000..32_000;
+
+/// A port that nobody listens on, and that no other test of this process gets.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Another process of these tests begins elsewhere.
+    let start = u16::try_from(std::process::id() % 97).unwrap() * 131;
+    loop {
+        let n = NEXT.fetch_add(1, Ordering::SeqCst);
+        let port = PORTS.start + (start.wrapping_add(n) % (PORTS.end - PORTS.start));
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+        assert!(n < PORTS.end - PORTS.start, "no port is free");
+    }
 }
 
 pub(crate) fn client() -> reqwest::Client {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import time
@@ -31,11 +32,28 @@ def built(name: str) -> Path:
     return path
 
 
+# Below the ports that systems give to outgoing connections, so that none of those takes a port between its choice and
+# its use, or while a sidecar is down.
+_PORTS = range(18_000, 32_000)
+_next_port = iter([])
+
+
 def free_port() -> int:
-    """A loopback port that nobody has now. Whoever binds it next must cope with having lost it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A loopback port that nobody has now, and that this process gives out once."""
+    global _next_port
+    for _ in _PORTS:
+        port = next(_next_port, None)
+        if port is None:
+            start = random.randrange(len(_PORTS))
+            _next_port = iter([*_PORTS[start:], *_PORTS[:start]])
+            port = next(_next_port)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RigError("no port is free")
 
 
 def wait_until(what: str, probe: Callable[[], T | None], timeout_s: float = START_TIMEOUT_S) -> T:
