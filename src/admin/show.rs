@@ -8,7 +8,7 @@ use crate::id::BudgetId;
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::counter::Counter;
-use crate::ledger::entry::written;
+use crate::ledger::entry::bounds;
 use crate::ledger::rules::limits;
 use crate::ledger::{Ledger, LedgerError};
 use crate::money::MicroUsd;
@@ -142,27 +142,14 @@ pub fn call(call: &Call) -> Value {
 
 /// One issuer key, without its secret.
 pub fn issuer(issuer: &Issuer, now: UnixMs) -> Map<String, Value> {
-    let usd = |cap: Option<MicroUsd>| cap.map_or(Value::Null, |cap| Value::from(cap.to_string()));
-    let grants: Vec<&str> = issuer.grants.iter().map(|grant| grant.written.as_str()).collect();
-    let rows = [
-        ("id", Value::from(issuer.id.to_string())),
-        ("name", Value::from(issuer.name.as_str())),
-        ("status", Value::from(issuer.status(now))),
-        ("label_prefix", Value::from(issuer.label_prefix.as_str())),
-        ("allowed_endpoints", json!(grants)),
-        ("constraints", written(&issuer.constraints)),
-        ("max_usd_per_request", usd(issuer.per_request)),
-        ("max_cap_usd", usd(issuer.max_cap)),
-        ("daily_usd_cap", usd(issuer.daily)),
-        ("total_usd_cap", usd(issuer.total)),
-        ("daily_usd_out_cap", usd(issuer.daily_out)),
-        ("max_expires_in_seconds", Value::from(issuer.max_expires_in_seconds)),
-        ("idempotency", issuer.idempotency.as_deref().map_or(Value::Null, Value::from)),
-        ("created_at", Value::from(issuer.created_at.to_string())),
-        ("expires_at", Value::from(issuer.expires_at.to_string())),
-        ("revoked_at", issuer.revoked_at.map_or(Value::Null, |at| at.to_string().into())),
-    ];
-    rows.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    let mut shown = Map::new();
+    shown.insert("id".to_owned(), Value::from(issuer.id.to_string()));
+    shown.insert("status".to_owned(), Value::from(issuer.status(now)));
+    shown.extend(bounds(issuer));
+    shown.insert("created_at".to_owned(), Value::from(issuer.created_at.to_string()));
+    let revoked_at = issuer.revoked_at.map_or(Value::Null, |at| at.to_string().into());
+    shown.insert("revoked_at".to_owned(), revoked_at);
+    shown
 }
 
 /// What all keys of an issuer have spent together.

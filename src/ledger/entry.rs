@@ -73,8 +73,13 @@ pub fn of_refusal(at: UnixMs, key: &Key, facts: &Facts, refusal: &Refusal, durat
 
 /// One event of an issuer key.
 pub fn of_issuer(at: UnixMs, event: Event, actor: &str, issuer: &Issuer) -> Entry {
+    Entry { issuer_id: Some(issuer.id.to_string()), ..of_admin(at, event, actor, None, bounds(issuer)) }
+}
+
+/// What an issuer key may mint, as it is shown and recorded.
+pub fn bounds(issuer: &Issuer) -> Map<String, Value> {
     let usd = |cap: Option<crate::money::MicroUsd>| cap.map_or(Value::Null, |cap| cap.to_string().into());
-    let detail: Map<String, Value> = [
+    [
         ("name", Value::from(issuer.name.as_str())),
         ("label_prefix", Value::from(issuer.label_prefix.as_str())),
         (
@@ -93,8 +98,7 @@ pub fn of_issuer(at: UnixMs, event: Event, actor: &str, issuer: &Issuer) -> Entr
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
-    .collect();
-    Entry { issuer_id: Some(issuer.id.to_string()), ..of_admin(at, event, actor, None, detail) }
+    .collect()
 }
 
 /// One event of an admin's doing.
