@@ -57,7 +57,7 @@ pub const VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_LISTEN", "127.0.0.1:8443", "address(es) of the proxy, comma separated"),
     setting("KEYBRAKE_OPS_LISTEN", "127.0.0.1:9464", "address(es) of metrics and probes (plain HTTP)"),
     setting("KEYBRAKE_DATA_DIR", "./keybrake-data", "directory of the ledger and of tls/, created 0700"),
-    secret("KEYBRAKE_LEDGER_URL", "postgres://… for a fleet of workers; unset: a file in DATA_DIR"),
+    secret("KEYBRAKE_LEDGER_URL", "not built yet, refused: postgres://… for a fleet of workers"),
     secret("KEYBRAKE_ADMIN_KEY", "required: bearer of /admin and /audit, 32 characters or more; or two"),
     secret("KEYBRAKE_STRIPE_SECRET_KEY", "required: rk_… (recommended) or sk_…; sk_org_… is refused"),
     setting(
@@ -77,11 +77,15 @@ pub const VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_TLS_NAMES", "localhost,127.0.0.1,::1", "names of the certificate, with TLS=auto"),
     setting("KEYBRAKE_CA_OUT", "", "the CA certificate goes to this file too, mode 0644, with TLS=auto"),
     setting("KEYBRAKE_NODE", "", "label of this sidecar in audit records and metrics; unset: host name"),
-    setting("KEYBRAKE_COLLECTOR_URL", "", "where audit batches go"),
-    secret("KEYBRAKE_COLLECTOR_TOKEN", "bearer of the collector"),
-    setting("KEYBRAKE_COLLECTOR_CA_FILE", "", "PEM file of one more trust anchor towards the collector"),
-    setting("KEYBRAKE_COLLECTOR_FORMAT", "", "keybrake, or ndjson for any log store"),
-    setting("KEYBRAKE_FX_FILE", "", "USD rates of other currencies; unset: USD only"),
+    setting("KEYBRAKE_COLLECTOR_URL", "", "not built yet, refused: where audit batches go"),
+    secret("KEYBRAKE_COLLECTOR_TOKEN", "not built yet, refused: bearer of the collector"),
+    setting(
+        "KEYBRAKE_COLLECTOR_CA_FILE",
+        "",
+        "not built yet, refused: PEM file of one more trust anchor towards the collector",
+    ),
+    setting("KEYBRAKE_COLLECTOR_FORMAT", "", "not built yet, refused: keybrake, or ndjson for any log store"),
+    setting("KEYBRAKE_FX_FILE", "", "not built yet, refused: USD rates of other currencies"),
     setting("KEYBRAKE_REMEMBER_DAYS", "40", "default of a key's remember_days, 2 to 400"),
     setting("KEYBRAKE_AUDIT_DAYS", "400", "days for which audit records are kept, 1 to 3650"),
     setting("KEYBRAKE_STAMP", "on", "on or off: put metadata[keybrake_call] on money objects"),
@@ -461,6 +465,18 @@ mod tests {
 
     fn names(errors: &[ConfigError]) -> Vec<&str> {
         errors.iter().map(|error| error.name.as_str()).collect()
+    }
+
+    #[test]
+    fn help_says_of_a_refused_setting_that_it_is_refused() {
+        let unbuilt = |name: &str| {
+            let errors = Config::from_pairs(pairs(&[(name, "x")])).err().map(|errors| errors.0);
+            errors.is_some_and(|errors| errors.iter().any(|error| error.message.contains("not built yet")))
+        };
+        for variable in VARIABLES {
+            let told = variable.meaning.starts_with("not built yet, refused");
+            assert_eq!(told, unbuilt(variable.name), "{}", variable.name);
+        }
     }
 
     #[test]
