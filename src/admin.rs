@@ -236,6 +236,7 @@ async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Ans
         digest: secret.digest(),
         now,
         remember_days: admin.remember_days,
+        per_request: issuer.as_ref().and_then(|issuer| issuer.per_request),
     };
     let mut key = admin.checked(mint::key_of(&body, birth))?;
     if let Some(issuer) = issuer {

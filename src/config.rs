@@ -18,13 +18,14 @@ mod given;
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use self::check::{Check, RawTls, or_default};
 use self::given::{Given, Reader};
+use crate::fx::Table;
 use crate::secret::{Mode, Secret};
 use crate::tls::TlsSource;
 use crate::upstream::Base;
@@ -85,7 +86,7 @@ pub const VARIABLES: &[Variable] = &[
         "not built yet, refused: PEM file of one more trust anchor towards the collector",
     ),
     setting("KEYBRAKE_COLLECTOR_FORMAT", "", "not built yet, refused: keybrake, or ndjson for any log store"),
-    setting("KEYBRAKE_FX_FILE", "", "not built yet, refused: USD rates of other currencies"),
+    setting("KEYBRAKE_FX_FILE", "", "JSON file with the USD rates of other currencies; unset: USD only"),
     setting("KEYBRAKE_REMEMBER_DAYS", "40", "default of a key's remember_days, 2 to 400"),
     setting("KEYBRAKE_AUDIT_DAYS", "400", "days for which audit records are kept, 1 to 3650"),
     setting("KEYBRAKE_STAMP", "on", "on or off: put metadata[keybrake_call] on money objects"),
@@ -158,6 +159,10 @@ pub struct Config {
     pub stripe_ca_file: Option<PathBuf>,
     /// Certificates of the proxy; `None` = plain HTTP, on loopback only.
     pub tls: Option<TlsSource>,
+    /// What other currencies count.
+    pub fx: Table,
+    /// Where that is read from; `None` = USD only.
+    pub fx_file: Option<PathBuf>,
     /// Label of this sidecar: 1 to 128 printable ASCII characters.
     pub node: String,
     /// Default of a key's `remember_days`, 2 to 400.
@@ -216,6 +221,7 @@ impl Config {
         );
         let (stripe_secret_key, stripe_mode) =
             check.stripe_key(raw.stripe_secret_key, raw.stripe_secret_key_file);
+        let fx_file = raw.fx_file.map(PathBuf::from);
         let config = Self {
             tls,
             stripe_secret_key,
@@ -224,6 +230,8 @@ impl Config {
             stripe_account: check.stripe_account(raw.stripe_account),
             stripe_api_base: check.base("KEYBRAKE_STRIPE_API_BASE", raw.stripe_api_base),
             stripe_ca_file: check.readable("KEYBRAKE_STRIPE_CA_FILE", raw.stripe_ca_file),
+            fx: check.fx(fx_file.as_deref()),
+            fx_file,
             node: check.node(raw.node, host_name),
             remember_days: check.number("KEYBRAKE_REMEMBER_DAYS", raw.remember_days, 2, 400),
             audit_days: check.number("KEYBRAKE_AUDIT_DAYS", raw.audit_days, 1, 3650),
@@ -387,7 +395,6 @@ impl Raw {
             ("KEYBRAKE_COLLECTOR_TOKEN_FILE", &self.collector_token_file),
             ("KEYBRAKE_COLLECTOR_CA_FILE", &self.collector_ca_file),
             ("KEYBRAKE_COLLECTOR_FORMAT", &self.collector_format),
-            ("KEYBRAKE_FX_FILE", &self.fx_file),
         ] {
             if given.is_some() {
                 check.refuse(name, "is not built yet: unset it");
@@ -431,12 +438,19 @@ pub fn ops_address() -> Result<SocketAddr, ConfigErrors> {
     Ok(address)
 }
 
+/// Reads the rates of other currencies again.
+///
+/// # Errors
+/// Says what is wrong with the file, for an operator.
+pub fn read_fx(path: &Path) -> Result<Table, String> {
+    check::read_fx(path)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
     use std::fs;
     use std::os::unix::ffi::OsStringExt as _;
-    use std::path::Path;
 
     use super::*;
     use crate::tls::TlsName;
@@ -529,15 +543,15 @@ mod tests {
             ("KEYBRAKE_STRIPE_SECRET_KEY", "pk_test_x"),
             ("KEYBRAKE_LISTEN", "here"),
             ("KEYBRAKE_REMEMBER_DAYS", "1"),
-            ("KEYBRAKE_FX_FILE", "x"),
+            ("KEYBRAKE_FX_FILE", "/nowhere"),
             ("KEYBRAKE_STMAP", "off"),
         ]);
         let expected = [
             "KEYBRAKE_STMAP",
-            "KEYBRAKE_FX_FILE",
             "KEYBRAKE_LISTEN",
             "KEYBRAKE_STRIPE_SECRET_KEY",
             "KEYBRAKE_ADMIN_KEY",
+            "KEYBRAKE_FX_FILE",
             "KEYBRAKE_REMEMBER_DAYS",
         ];
         assert_eq!(names(&errors), expected);

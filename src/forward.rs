@@ -19,6 +19,7 @@ use crate::secret::Secret;
 use crate::time::UnixMs;
 use crate::upstream::{NotSentReason, Outbound, Sent, Upstream};
 use crate::vendor::stripe::form;
+use crate::vendor::stripe::object::Look;
 use crate::vendor::stripe::rules::Effect;
 
 /// Header of the key that Stripe compares.
@@ -52,10 +53,22 @@ impl FreeRequest {
         })
     }
 
+    /// The read of an object that a request is about: of the same account, and as the same version shows it.
+    pub fn look(look: &Look, request: &ExactRequest) -> Self {
+        Self(ExactRequest {
+            method: "GET".to_owned(),
+            path: look.path.clone(),
+            params: look.params.clone(),
+            version: request.version.clone(),
+            account: request.account.clone(),
+            idempotency_key: None,
+        })
+    }
+
     /// A caller's request; `None` when it could move money in.
     pub fn new(effect: Effect, request: ExactRequest) -> Option<Self> {
         match effect {
-            Effect::Free | Effect::Cancel => Some(Self(request)),
+            Effect::Free | Effect::Ends(_) => Some(Self(request)),
             Effect::Priced(_) | Effect::Unpriced => None,
         }
     }

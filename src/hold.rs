@@ -8,7 +8,7 @@
 use minicbor::{Decode, Encode};
 
 use crate::id::{BootId, BudgetId, CallId, HoldId, IssuerId, KeyId};
-use crate::money::{Currency, MicroUsd};
+use crate::money::{Currency, MicroUsd, Rate};
 use crate::time::{Day, UnixMs};
 
 /// Where a hold stands.
@@ -148,9 +148,21 @@ pub struct Hold {
     #[n(19)]
     #[cbor(default)]
     pub object_over: bool,
+    /// What a minor unit counts, from admission to its end; `None` for dollars.
+    #[n(20)]
+    pub rate: Option<Rate>,
+    /// What had moved for its object before it was held, in minor units: not this hold's money.
+    #[n(21)]
+    #[cbor(default)]
+    pub moved_before: u64,
 }
 
 impl Hold {
+    /// What an amount in its minor units counts against the caps; `None` when it is too large to count.
+    pub fn to_usd(&self, minor: u64) -> Option<MicroUsd> {
+        self.rate.unwrap_or(Rate::USD).usd(minor)
+    }
+
     /// What the object itself says of a parameter that a later call on it leaves out.
     pub fn own_field(&self, param: &str) -> Option<String> {
         match param {
@@ -182,7 +194,8 @@ pub struct LiveCall {
     /// What its audit records say.
     #[n(1)]
     pub facts: Facts,
-    /// Whether a decline voids the hold (create, confirm) or leaves it open (capture, increment).
+    /// Whether a decline voids the hold (create, confirm) or leaves it open (capture, increment, and whatever the vendor
+    /// tries again by itself).
     #[n(2)]
     pub decline_voids: bool,
     /// The key under which the call was made; not always the one that pays.

@@ -32,7 +32,7 @@ use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::writer::Command;
-use crate::money::Currency;
+use crate::money::Money;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
 use crate::time::{Clock, UnixMs};
@@ -96,7 +96,7 @@ pub struct Held {
     hold_id: HoldId,
     call_id: CallId,
     request: ExactRequest,
-    currency: Option<Currency>,
+    money: Option<Money>,
     basis: KeyBasis,
     first_send: bool,
     resend_until: Option<UnixMs>,
@@ -113,9 +113,9 @@ impl Held {
         self.call_id
     }
 
-    /// The currency that is held; `None` for a call whose price is not known.
-    pub fn currency(&self) -> Option<Currency> {
-        self.currency
+    /// What is held; `None` for a call whose price is not known.
+    pub fn money(&self) -> Option<Money> {
+        self.money
     }
 
     /// Where its upstream key comes from.
@@ -143,7 +143,7 @@ impl Held {
             hold_id: hold.id,
             call_id: hold.call_id,
             request: live.request.clone(),
-            currency: hold.currency,
+            money: hold.currency.map(|currency| Money { minor: hold.minor, currency }),
             basis,
             first_send: attempt.sends <= 1,
             resend_until: attempt
@@ -166,6 +166,8 @@ pub enum Admitted {
         /// Its answer.
         answer: StoredAnswer,
     },
+    /// The object's own record has to be read first: nothing is written, ask again with it.
+    Look,
     /// No.
     Refused(Refusal),
 }

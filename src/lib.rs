@@ -34,7 +34,7 @@
 //! | layer | rooms | what they know |
 //! |---|---|---|
 //! | 0 words | [`money`] [`id`] [`time`] [`secret`] [`refusal`] | nothing of each other's business |
-//! | 1 decisions | [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
+//! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
 //! | 2 ledger | [`ledger`] | `rules` are pure; `redb` loads, asks them and stores; `writer` commits in batches |
 //! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`telemetry`] | the outside world |
 //! | 4 services | [`proxy`] [`admin`] [`ops`] | one request each |
@@ -59,6 +59,7 @@ pub mod time;
 pub mod secret;
 pub mod refusal;
 
+pub mod fx;
 pub mod key;
 pub mod issuer;
 pub mod hold;

@@ -14,6 +14,8 @@ pub const AMOUNT_DIGITS_MAX: usize = 12;
 const MICRO_PER_USD: u64 = 1_000_000;
 /// One cent in micro-dollars.
 const MICRO_PER_CENT: u64 = 10_000;
+/// The finest part of a micro-dollar that a rate tells.
+const PICO_PER_MICRO: u64 = 1_000_000;
 
 /// A currency as Stripe writes it: three lower-case letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
@@ -34,6 +36,29 @@ impl Currency {
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).unwrap_or("???")
     }
+
+    /// How many decimals its minor unit stands for, as Stripe lists them: 100 minor units of USD are one dollar.
+    ///
+    /// UGX is in the list without decimals and, for older integrations, sent with two: without decimals it counts for
+    /// more. ISK has none, and is sent with two.
+    pub fn decimals(&self) -> u32 {
+        match &self.0 {
+            b"bif" | b"clp" | b"djf" | b"gnf" | b"jpy" | b"kmf" | b"krw" | b"mga" | b"pyg" | b"rwf"
+            | b"ugx" | b"vnd" | b"vuv" | b"xaf" | b"xof" | b"xpf" => 0,
+            b"bhd" | b"jod" | b"kwd" | b"omr" | b"tnd" => 3,
+            _ => 2,
+        }
+    }
+
+    /// What an amount must be a multiple of: Stripe takes no finer one.
+    pub fn step(&self, is_payout: bool) -> u64 {
+        match &self.0 {
+            b"bhd" | b"jod" | b"kwd" | b"omr" | b"tnd" => 10,
+            b"isk" => 100,
+            b"huf" | b"twd" if is_payout => 100,
+            _ => 1,
+        }
+    }
 }
 
 /// An amount in the minor units of a currency (cents for USD).
@@ -47,14 +72,54 @@ pub struct Money {
     pub currency: Currency,
 }
 
-impl Money {
-    /// What this counts against a cap, rounded up. `None` for a currency without a rate, or when it is too large to
-    /// count.
-    pub fn to_usd(self) -> Option<MicroUsd> {
-        if self.currency != Currency::USD {
-            return None;
+/// What one minor unit of a currency counts against a cap, in millionths of a micro-dollar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(transparent)]
+pub struct Rate(#[n(0)] u64);
+
+impl Rate {
+    /// A cent is a cent.
+    pub const USD: Self = Self(MICRO_PER_CENT * PICO_PER_MICRO);
+
+    /// From millionths of a micro-dollar.
+    pub const fn from_pico(pico: u64) -> Self {
+        Self(pico)
+    }
+
+    /// Millionths of a micro-dollar.
+    pub const fn pico(self) -> u64 {
+        self.0
+    }
+
+    /// How many minor units count at least as much as this, rounded up.
+    pub fn minor(self, usd: MicroUsd) -> Option<u64> {
+        let pico = u128::from(usd.0).checked_mul(u128::from(PICO_PER_MICRO))?;
+        u64::try_from(pico.div_ceil(u128::from(self.0.max(1)))).ok()
+    }
+
+    /// What an amount in minor units counts, rounded up. `None` when it is too large to count.
+    pub fn usd(self, minor: u64) -> Option<MicroUsd> {
+        let pico = u128::from(minor).checked_mul(u128::from(self.0))?;
+        u64::try_from(pico.div_ceil(u128::from(PICO_PER_MICRO))).ok().map(MicroUsd)
+    }
+}
+
+/// The rates that hold for one request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rates(Vec<(Currency, Rate)>);
+
+impl Rates {
+    /// Rates of other currencies than USD, which needs none.
+    pub fn new(others: Vec<(Currency, Rate)>) -> Self {
+        Self(others)
+    }
+
+    /// The rate of a currency; `None` when it cannot be counted.
+    pub fn of(&self, currency: Currency) -> Option<Rate> {
+        if currency == Currency::USD {
+            return Some(Rate::USD);
         }
-        self.minor.checked_mul(MICRO_PER_CENT).map(MicroUsd)
+        self.0.iter().find(|(known, _)| *known == currency).map(|(_, rate)| *rate)
     }
 }
 
@@ -222,14 +287,51 @@ mod tests {
     }
 
     #[test]
-    fn only_dollars_have_a_price_without_a_rate() {
-        let cents = Money { minor: 2_999, currency: Currency::USD };
-        assert_eq!(cents.to_usd(), Some(MicroUsd(29_990_000)));
-        assert_eq!(Money { minor: 1, currency: Currency::parse("EUR").unwrap() }.to_usd(), None);
-        assert_eq!(Money { minor: u64::MAX, currency: Currency::USD }.to_usd(), None);
+    fn conversion_rounds_up() {
+        assert_eq!(Rate::USD.usd(2_999), Some(MicroUsd(29_990_000)));
+        assert_eq!(Rate::USD.usd(u64::MAX), None);
+        // 0.63 micro-dollars a minor unit.
+        let tiny = Rate::from_pico(630_000);
+        for (minor, micros) in [(0, 0), (1, 1), (2, 2), (100, 63), (101, 64)] {
+            assert_eq!(tiny.usd(minor), Some(MicroUsd(micros)), "{minor}");
+        }
+        assert_eq!(Rate::USD.minor(MicroUsd(50_000_001)), Some(5_001));
+        assert_eq!(tiny.minor(MicroUsd(64)), Some(102));
+    }
+
+    #[test]
+    fn only_dollars_have_a_rate_unless_one_is_given() {
+        let eur = Currency::parse("EUR").unwrap();
+        assert_eq!(Rates::default().of(Currency::USD), Some(Rate::USD));
+        assert_eq!(Rates::default().of(eur), None);
+        let rate = Rate::from_pico(11_000_000_000);
+        assert_eq!(Rates::new(vec![(eur, rate)]).of(eur), Some(rate));
+        // Nothing that is given changes what a dollar is.
+        assert_eq!(Rates::new(vec![(Currency::USD, rate)]).of(Currency::USD), Some(Rate::USD));
         assert_eq!(Currency::parse("USD"), Some(Currency::USD));
         for text in ["us", "usdx", "u$d", ""] {
             assert_eq!(Currency::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn currencies_have_the_decimals_that_stripe_lists() {
+        let of = |code: &str| {
+            let currency = Currency::parse(code).unwrap();
+            (currency.decimals(), currency.step(false), currency.step(true))
+        };
+        for code in "bif clp djf gnf jpy kmf krw mga pyg rwf ugx vnd vuv xaf xof xpf".split(' ') {
+            assert_eq!(of(code), (0, 1, 1), "{code}");
+        }
+        for code in "bhd jod kwd omr tnd".split(' ') {
+            assert_eq!(of(code), (3, 10, 10), "{code}");
+        }
+        assert_eq!(of("isk"), (2, 100, 100));
+        for code in ["huf", "twd"] {
+            assert_eq!(of(code), (2, 1, 100), "{code}");
+        }
+        for code in ["usd", "eur", "gbp", "inr"] {
+            assert_eq!(of(code), (2, 1, 1), "{code}");
         }
     }
 }

@@ -4,11 +4,12 @@
 //! the contract. The work behind a caller does not stop when the caller hangs up: it runs in a task of its own.
 
 pub mod flights;
+pub mod look;
 pub mod money;
 pub mod read;
 pub mod reply;
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +23,7 @@ use crate::account::AccountState;
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::call::Estate;
 use crate::forward::{Forwarder, FreeRequest};
+use crate::fx::Table;
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::{Constraint, Key};
@@ -37,7 +39,8 @@ use crate::telemetry::Metrics;
 use crate::upstream::{Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer};
 use crate::vendor::stripe::catalogue::Class;
-use crate::vendor::stripe::request::{self, Reading};
+use crate::vendor::stripe::object::{self, Purpose};
+use crate::vendor::stripe::request::{self, Exchange, Reading};
 use crate::vendor::stripe::rules::{self, Effect};
 use crate::vendor::stripe::secrets;
 
@@ -67,6 +70,7 @@ pub struct Proxy {
     metrics: Metrics,
     flights: Flights,
     tracker: TaskTracker,
+    fx: RwLock<Arc<Table>>,
 }
 
 /// One request on its way.
@@ -115,6 +119,7 @@ impl Proxy {
         forwarder: Arc<Forwarder>,
         account: Arc<AccountState>,
         metrics: Metrics,
+        fx: Table,
     ) -> Self {
         Self {
             config,
@@ -124,6 +129,22 @@ impl Proxy {
             metrics,
             flights: Flights::default(),
             tracker: TaskTracker::new(),
+            fx: RwLock::new(Arc::new(fx)),
+        }
+    }
+
+    /// Puts newer rates in the place of the old ones. What is held already keeps its own.
+    pub fn set_fx(&self, table: Table) {
+        *self.fx.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+    }
+
+    /// What other currencies count right now.
+    fn exchange(&self) -> Exchange {
+        let table = Arc::clone(&self.fx.read().unwrap_or_else(PoisonError::into_inner));
+        let now = self.ledger.now();
+        Exchange {
+            rates: Arc::new(table.at(now)),
+            stale: table.is_stale(now).then(|| table.as_of().to_owned()),
         }
     }
 
@@ -260,26 +281,36 @@ impl Proxy {
         let facts = request::facts(&reading, key);
         let (effect, open) =
             permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
-        if effect == Effect::Cancel {
-            self.object_keeps(&open, &reading).map_err(|no| (no, facts.clone()))?;
+        if let Effect::Ends(_) = effect {
+            self.object_keeps(course, &open, &reading).await.map_err(|no| (no, facts.clone()))?;
         }
         let answer = match effect {
-            Effect::Free | Effect::Cancel => self.pass_on(course, key, &reading, effect, &facts).await,
+            Effect::Free | Effect::Ends(_) => self.pass_on(course, key, &reading, effect, &facts).await,
             Effect::Priced(priced) => self.spend(course, key, &reading, Some(priced), &estate).await,
             Effect::Unpriced => self.spend(course, key, &reading, None, &estate).await,
         };
         answer.map_err(|no| (no, facts))
     }
 
-    /// Constraints that a cancel leaves to its object, which the ledger must know then.
-    fn object_keeps(&self, open: &[Constraint], reading: &Reading<'_>) -> Result<(), No> {
+    /// Constraints that a cancel leaves to its object: the ledger knows it, or it is read.
+    async fn object_keeps(
+        &self,
+        course: &mut Course,
+        open: &[Constraint],
+        reading: &Reading<'_>,
+    ) -> Result<(), No> {
         if open.is_empty() {
             return Ok(());
         }
+        let request = reading.exact_request();
         let account = reading.account.as_deref().unwrap_or_default();
         let object = reading.ids.first().map(String::as_str).unwrap_or_default();
         let hold = self.ledger.redb().hold_of_object(account, object)?;
-        Ok(keeps_constraints(open, hold.as_ref())?)
+        let seen = match (&hold, object::look_of_ending(reading)) {
+            (None, Some(look)) => Some(self.look(course, &request, &look, Purpose::Fields).await?),
+            (Some(_), _) | (None, None) => None,
+        };
+        Ok(keeps_constraints(open, hold.as_ref(), seen.as_ref())?)
     }
 
     /// Whether the key opens anything right now, and for whose account.
@@ -316,14 +347,7 @@ impl Proxy {
         effect: Effect,
         facts: &Facts,
     ) -> Result<Reply, No> {
-        let request = ExactRequest {
-            method: reading.operation.method.to_owned(),
-            path: reading.path.clone(),
-            params: reading.params.pairs().to_vec(),
-            version: reading.version.clone(),
-            account: reading.account.clone(),
-            idempotency_key: reading.caller_key.clone(),
-        };
+        let request = ExactRequest { idempotency_key: reading.caller_key.clone(), ..reading.exact_request() };
         let Some(request) = FreeRequest::new(effect, request) else {
             return Err(Refusal::new(Code::AmountUnknown, "This call moves money.").into());
         };
@@ -340,15 +364,15 @@ impl Proxy {
             return Err(own_key_refused().into());
         }
         self.account.set_key_refused(false);
-        if effect == Effect::Cancel
-            && let Some((object, record)) = answer::canceled(told)
+        if let Effect::Ends(answers) = effect
+            && let Some((object, record)) = answer::ended(told, answers)
         {
             let observed = {
                 let account = reading.account.clone().unwrap_or_default();
                 self.ledger.observe(account, object, facts.clone(), record).await
             };
             if let Err(error) = observed {
-                tracing::error!(%error, "a canceled payment intent could not be released; it stays held");
+                tracing::error!(%error, "an object that has ended could not be released; it stays held");
             }
         }
         let mut reply = Reply::of_answer(&answer, &course.request_id);
@@ -394,7 +418,7 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<(Effect, Vec
             format!("This vault key does not grant {}.", operation.template),
         ));
     };
-    let effect = rules::effect(operation, key.is_uncapped(), grant.wildcard)?;
+    let effect = rules::effect(operation, &key.caps, grant.wildcard)?.of_call(&reading.params);
     if read::names_context(&head.headers) {
         return Err(Refusal::new(Code::AccountNotAllowed, "Stripe-Context is not supported."));
     }
@@ -409,15 +433,14 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<(Effect, Vec
             request::check_caller_key(key, reading.caller_key.as_deref())?;
         }
         // It goes to Stripe as it is, where it would take the place of a key that a charge will need.
-        Effect::Free | Effect::Cancel => request::refuse_reserved_key(reading.caller_key.as_deref())?,
+        Effect::Free | Effect::Ends(_) => request::refuse_reserved_key(reading.caller_key.as_deref())?,
     }
     // A read is decided by its grant; a filter such as `destination` sends nothing anywhere.
     if operation.class != Class::Read {
         rules::refuse_parameters(&reading.params, key)?;
     }
     rules::refuse_expand(&reading.params, key)?;
-    let is_read = operation.class == Class::Read;
-    let open = rules::keep_constraints(&reading.params, key, effect, is_read)?;
+    let open = rules::keep_constraints(reading, key, effect)?;
     Ok((effect, open))
 }
 

@@ -18,10 +18,12 @@ use tower::ServiceExt as _;
 use crate::account::{self, AccountState, Unsettled};
 use crate::admin::{self, Admin};
 use crate::clock::ClockWatch;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::forward::Forwarder;
+use crate::fx::Table;
 use crate::id::{BootId, LedgerId};
 use crate::ledger::{Ledger, LedgerError, Opening};
+use crate::money::MicroUsd;
 use crate::ops::Ops;
 use crate::proxy::{Proxy, ProxyConfig};
 use crate::random;
@@ -35,6 +37,8 @@ use crate::upstream::{Upstream, UpstreamConfig};
 const FIRST_QUESTION_MS: u64 = 3_000;
 /// How often the ledger prunes, counts and indexes.
 const TICK_MS: u64 = 1_000;
+/// How often the file with the rates of other currencies is looked at: mounted files change without a signal.
+const FX_LOOK_MS: u64 = 30_000;
 /// How often the certificate's age is looked at.
 const RENEW_LOOK_MS: u64 = 3_600_000;
 /// Of the drain time, what is kept for ending connections after the work is done.
@@ -106,6 +110,7 @@ pub async fn run(
     };
     let stop = CancellationToken::new();
     spawn_upkeep(&sidecar, &stop);
+    spawn_fx_look(&sidecar, &config, &stop);
     spawn_reload(&sidecar, reload, hangup, &stop);
     let elsewhere = spawn_settling(&sidecar, configured, settled);
     let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
@@ -177,7 +182,9 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         Arc::clone(&forwarder),
         Arc::clone(&account),
         metrics,
+        config.fx.clone(),
     ));
+    tell_rates(&config.fx);
     let admin = Arc::new(Admin {
         ledger: ledger.clone(),
         account: Arc::clone(&account),
@@ -235,6 +242,44 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
     });
 }
 
+/// Takes over the rates of other currencies whenever their file changes.
+fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
+    let Some(file) = config.fx_file.clone() else { return };
+    let (proxy, stop) = (Arc::clone(&sidecar.proxy), stop.clone());
+    let mut known = Ok(config.fx.clone());
+    tokio::spawn(async move {
+        while !wait_or_stop(FX_LOOK_MS, &stop).await {
+            let read = config::read_fx(&file);
+            if read == known {
+                continue;
+            }
+            match &read {
+                Ok(table) => {
+                    tell_rates(table);
+                    proxy.set_fx(table.clone());
+                }
+                Err(why) => {
+                    tracing::error!(why, "FX_FILE cannot be used; the old rates stay until they are stale");
+                }
+            }
+            known = read;
+        }
+    });
+}
+
+/// What one whole unit counts: a rate that was given for another unit is seen here.
+fn tell_rates(table: &Table) {
+    for (currency, micro_usd) in table.units() {
+        let usd = MicroUsd::from_micros(micro_usd).to_string();
+        tracing::info!(
+            currency,
+            usd,
+            as_of = table.as_of(),
+            "one unit of this currency counts so many dollars"
+        );
+    }
+}
+
 async fn wait_or_stop(wait_ms: u64, stop: &CancellationToken) -> bool {
     tokio::time::timeout(Duration::from_millis(wait_ms), stop.cancelled()).await.is_ok()
 }
@@ -250,6 +295,7 @@ fn spawn_reload(
     let (admin, forwarder, tls) =
         (Arc::clone(&sidecar.admin), Arc::clone(&sidecar.forwarder), sidecar.tls.clone());
     let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
+    let proxy = Arc::clone(&sidecar.proxy);
     tokio::spawn(async move {
         loop {
             tokio::select! {
@@ -264,6 +310,7 @@ fn spawn_reload(
             if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
             }
+            proxy.set_fx(config.fx);
             admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);
             // The old key goes on until the new one is known to be of the same account: not one call may be made under
             // another's.

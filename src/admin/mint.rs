@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::admin::fields::{Fields, invalid};
+use crate::hold::Lane;
 use crate::id::{IssuerId, KeyId};
 use crate::issuer::Issuer;
 use crate::key::{
@@ -16,7 +17,7 @@ use crate::time::{SECOND_MS, UnixMs};
 use crate::vendor::Vendor;
 use crate::vendor::stripe::catalogue;
 use crate::vendor::stripe::form::Params;
-use crate::vendor::stripe::rules::{self, Effect, Priced};
+use crate::vendor::stripe::rules::{self, Effect};
 
 /// The longest life of an issuer key, in seconds: two years.
 const ISSUER_EXPIRES_IN_SECONDS_MAX: u64 = 2 * 366 * 86_400;
@@ -48,6 +49,8 @@ pub struct Birth {
     pub now: UnixMs,
     /// The default of `remember_days`.
     pub remember_days: u32,
+    /// The default of `max_usd_per_request`: the issuer's.
+    pub per_request: Option<MicroUsd>,
 }
 
 /// Reads a policy.
@@ -70,7 +73,7 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
             format!("must be from 1 to {EXPIRES_IN_SECONDS_MAX} (31 days)"),
         ));
     }
-    let caps = caps(&mut fields)?;
+    let caps = caps(&mut fields, birth.per_request)?;
     let grants = grants(&entries, &caps)?;
     let idempotency = idempotency(&mut fields)?;
     let remember_days =
@@ -130,7 +133,8 @@ pub fn issuer_of(body: &[u8], id: IssuerId, digest: KeyDigest, now: UnixMs) -> R
     let total = fields.dollars("total_usd_cap")?;
     let daily_out = fields.dollars("daily_usd_out_cap")?;
     let max_cap = fields.dollars("max_cap_usd")?;
-    let caps = Caps { daily, daily_out, ..Caps::default() };
+    let per_request = fields.dollars("max_usd_per_request")?;
+    let caps = Caps { daily, per_request, daily_out, ..Caps::default() };
     let grants = grants(&entries, &caps)?;
     let max_expires_in_seconds: u64 =
         fields.take("max_expires_in_seconds", "a whole number of seconds")?.unwrap_or(EXPIRES_IN_SECONDS_MAX);
@@ -149,7 +153,6 @@ pub fn issuer_of(body: &[u8], id: IssuerId, digest: KeyDigest, now: UnixMs) -> R
         return Err(invalid("idempotency", "must be \"required\", \"client\" or \"content\""));
     }
     let constraints = constraints(&mut fields)?;
-    let per_request = fields.dollars("max_usd_per_request")?;
     fields.finish(&[])?;
     Ok(Issuer {
         id,
@@ -242,7 +245,7 @@ fn text(fields: &mut Fields, name: &str) -> Result<Option<String>, Refusal> {
     }
 }
 
-fn caps(fields: &mut Fields) -> Result<Caps, Refusal> {
+fn caps(fields: &mut Fields, per_request: Option<MicroUsd>) -> Result<Caps, Refusal> {
     if !fields.names("daily_usd_cap") {
         return Err(invalid(
             "daily_usd_cap",
@@ -252,7 +255,7 @@ fn caps(fields: &mut Fields) -> Result<Caps, Refusal> {
     let caps = Caps {
         daily: fields.dollars("daily_usd_cap")?,
         total: fields.dollars("total_usd_cap")?,
-        per_request: fields.dollars("max_usd_per_request")?,
+        per_request: fields.dollars("max_usd_per_request")?.or(per_request),
         daily_out: fields.dollars("daily_usd_out_cap")?,
         max_calls: fields.take("max_calls", "a whole number")?,
         uncapped: fields.take("uncapped", "true or false")?.unwrap_or(false),
@@ -278,7 +281,7 @@ fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
                 "entry {at} names no known operation: write METHOD /v1/path, with {{id}} or * for an id"
             ));
         };
-        let effect = match rules::effect(operation, caps.is_uncapped(), wildcard) {
+        let effect = match rules::effect(operation, caps, wildcard) {
             Ok(effect) => effect,
             Err(refusal) => return bad(format!("entry {at} could never be called: {}", refusal.message)),
         };
@@ -293,18 +296,20 @@ fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
 /// An entry under which no call could ever be admitted is a mistake that should be told at once.
 fn refuse_without_cap(template: &str, effect: Effect, caps: &Caps) -> Result<(), Refusal> {
     let absent = |cap: Option<MicroUsd>| !caps.uncapped && cap.is_none_or(|cap| cap == MicroUsd::ZERO);
-    match effect {
-        Effect::Priced(Priced::RefundCreate) if absent(caps.daily_out) => Err(invalid(
+    let Effect::Priced(price) = effect else { return Ok(()) };
+    match price.lane {
+        Lane::Out if absent(caps.daily_out) => Err(invalid(
             "daily_usd_out_cap",
             format!("is missing: without it no call of {template} could ever be admitted"),
         )),
-        Effect::Priced(priced) if priced != Priced::RefundCreate && absent(caps.daily) => Err(invalid(
+        // Without its parameters such an operation moves no money.
+        Lane::In if absent(caps.daily) && price.only.is_empty() => Err(invalid(
             "daily_usd_cap",
             format!(
                 "is null or zero: without it no call of {template} could ever be admitted (or say \"uncapped\")"
             ),
         )),
-        Effect::Priced(_) | Effect::Unpriced | Effect::Free | Effect::Cancel => Ok(()),
+        Lane::In | Lane::Out => Ok(()),
     }
 }
 

@@ -16,6 +16,8 @@ use crate::config::Config;
 use crate::forward::{Forwarder, FreeRequest};
 use crate::ledger::LedgerError;
 use crate::ledger::redb::inspect;
+use crate::money::MicroUsd;
+use crate::time::Clock;
 use crate::tls::{self, TlsSource};
 use crate::upstream::{Sent, Upstream, UpstreamConfig};
 
@@ -61,6 +63,7 @@ pub async fn run(json: bool) -> ExitCode {
     findings.extend(certificate(&config));
     findings.push(disk(&config.data_dir));
     findings.push(ledger(&config));
+    findings.push(rates(&config));
     findings.push(stripe(&config).await);
     findings.push(running().await);
     findings.push(finding(
@@ -150,6 +153,27 @@ fn ledger(config: &Config) -> Finding {
             let account = binding.account.as_deref().unwrap_or("no account yet");
             finding("ledger", Verdict::Good, format!("format {format}, {} mode, {account}", binding.mode))
         }
+    }
+}
+
+/// What other currencies count, and for how much longer.
+fn rates(config: &Config) -> Finding {
+    let fx = &config.fx;
+    let units: Vec<String> = fx
+        .units()
+        .map(|(currency, micro_usd)| format!("1 {currency} = {} USD", MicroUsd::from_micros(micro_usd)))
+        .collect();
+    match units.is_empty() {
+        true => finding("currencies", Verdict::Note, "only USD is counted; calls in others are refused"),
+        false if fx.is_stale(Clock::System.now()) => finding(
+            "currencies",
+            Verdict::Bad,
+            format!(
+                "the rates of {} are too old: calls in other currencies than USD are refused",
+                fx.as_of()
+            ),
+        ),
+        false => finding("currencies", Verdict::Good, format!("as of {}: {}", fx.as_of(), units.join(", "))),
     }
 }
 

@@ -18,6 +18,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{CLIENT_VARIABLES, ConfigError, ConfigErrors, PREFIX, VARIABLES};
+use crate::fx::Table;
 use crate::secret::{Mode, Secret, looks_like_stripe_key, stripe_key_mode};
 use crate::tls::{TlsName, TlsSource};
 use crate::upstream::Base;
@@ -28,6 +29,7 @@ const ADMIN_KEY_CHARS_MIN: usize = 32;
 /// The one in use and, while rotating, the one to come.
 const ADMIN_KEYS_MAX: usize = 2;
 const SECRET_FILE_BYTES_MAX: u64 = 64 << 10;
+const FX_FILE_BYTES_MAX: u64 = 64 << 10;
 const NODE_CHARS_MAX: usize = 128;
 /// Longest part of a value that a message repeats.
 const QUOTED_CHARS_MAX: usize = 60;
@@ -355,6 +357,18 @@ impl Check {
         choices[0].1
     }
 
+    /// The rates of other currencies; none without a file.
+    pub(super) fn fx(&mut self, file: Option<&Path>) -> Table {
+        let Some(file) = file else { return Table::default() };
+        match read_fx(file) {
+            Ok(table) => table,
+            Err(why) => {
+                self.refuse("KEYBRAKE_FX_FILE", format!("{}: {why}", file.display()));
+                Table::default()
+            }
+        }
+    }
+
     pub(super) fn log_filter(&mut self, given: Option<String>) -> String {
         let name = "KEYBRAKE_LOG";
         let text = or_default(name, given);
@@ -379,6 +393,15 @@ enum TlsMode {
     Auto,
     Files,
     Off,
+}
+
+/// Reads a table of rates.
+pub(super) fn read_fx(path: &Path) -> Result<Table, String> {
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(FX_FILE_BYTES_MAX).read_to_string(&mut text))
+        .map_err(|error| unreadable(&error))?;
+    Table::parse(&text)
 }
 
 /// The error says what to mend and never what the file holds.

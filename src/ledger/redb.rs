@@ -387,6 +387,7 @@ fn admit_call(
             tx.write(&effects, now)?;
             Ok(Admitted::Replay { call_id, answer })
         }
+        Verdict::Look => Ok(Admitted::Look),
         Verdict::Refuse(refusal) => {
             tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
             // The limit of one call is the caller's own; all other caps are the payer's.

@@ -6,6 +6,7 @@
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
 
 pub mod limits;
+mod price;
 pub mod resolve;
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
@@ -13,14 +14,15 @@ use crate::call::{
     ATTEMPTS_MAX, Attempt, Call, CallState, KeyBasis, RETRY_DECLINED_AFTER_MS, StoredAnswer,
     first_difference, stamp, upstream_key,
 };
-use crate::hold::{Base, ExactRequest, Hold, HoldState, Lane, LiveCall};
+use crate::hold::{Base, ExactRequest, Hold, HoldState, LiveCall};
 use crate::id::{BootId, CallId, HoldId};
-use crate::intent::{Claim, Intent, Verb};
+use crate::intent::{Claim, Intent, Seen, Verb};
 use crate::issuer::Issuer;
 use crate::key::{Constraint, Idempotency, Key};
 use crate::ledger::counter::{Contradiction, Counters};
 use crate::ledger::entry;
-use crate::money::{Currency, MicroUsd, Money};
+use crate::ledger::rules::price::{Priced, Reserve};
+use crate::money::Rate;
 use crate::refusal::{Code, Refusal};
 use crate::time::UnixMs;
 
@@ -99,6 +101,8 @@ pub enum Verdict {
     Send(Box<Effects>),
     /// Answer from memory; the effects are the record of it.
     Replay(CallId, Box<Effects>),
+    /// Read the object first, and ask again with what its record says.
+    Look,
     /// Answer with the refusal.
     Refuse(Refusal),
 }
@@ -116,14 +120,19 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
     if state.kill_switch {
         return Err(kill_switch());
     }
-    keeps_constraints(&command.intent.open_constraints, state.object_hold)?;
-    let attempt = match same_call(state, &command.intent, now)? {
+    let intent = &command.intent;
+    let to_keep = constraints_to_keep(intent);
+    if !to_keep.is_empty() && state.object_hold.is_none() && intent.seen.is_none() {
+        return Ok(Verdict::Look);
+    }
+    keeps_constraints(&to_keep, state.object_hold, intent.seen.as_ref())?;
+    let attempt = match same_call(state, intent, now)? {
         Same::Replay(call) => return Ok(replay(state, command, call, now)),
         Same::Resend(call, hold) => return resend(state, command, call, hold, now),
         Same::New => NewAttempt { call: None, n: 1 },
         Same::Again(call, n) => NewAttempt { call: Some(call), n },
     };
-    let reserve = price(state, &command.intent)?;
+    let Priced::Known(reserve) = price::price(state, intent)? else { return Ok(Verdict::Look) };
     if state.budget_stopped {
         return Err(budget_stopped(state.key));
     }
@@ -145,20 +154,33 @@ fn budget_stopped(key: &Key) -> Refusal {
     )
 }
 
+/// The constraints that the object has to keep. How much of it goes back at most is told only by its record.
+fn constraints_to_keep(intent: &Intent) -> Vec<Constraint> {
+    let reads_amount = matches!(intent.claim, Claim::Return { minor: None, .. }) && intent.seen.is_none();
+    let of_amount = |constraint: &Constraint| !["customer", "currency"].contains(&constraint.param.as_str());
+    let open = intent.open_constraints.iter();
+    open.filter(|constraint| !(reads_amount && of_amount(constraint))).cloned().collect()
+}
+
 /// Constraints that the request left open are kept by the object's own fields, or refuse the call.
 ///
 /// # Errors
-/// `parameter_not_allowed`, also for an object that the ledger does not know.
-pub fn keeps_constraints(open: &[Constraint], object: Option<&Hold>) -> Result<(), Refusal> {
+/// `parameter_not_allowed`, also for an object that nobody knows.
+pub fn keeps_constraints(
+    open: &[Constraint],
+    object: Option<&Hold>,
+    seen: Option<&Seen>,
+) -> Result<(), Refusal> {
     for constraint in open {
-        let value = object.and_then(|hold| hold.own_field(&constraint.param));
+        let param = constraint.param.as_str();
+        let own = seen.and_then(|seen| seen.own_field(param));
+        let value = own.or_else(|| object.and_then(|hold| hold.own_field(param)));
         if !value.is_some_and(|value| constraint.rule.admits(&value)) {
             return Err(Refusal::of_param(
                 Code::ParameterNotAllowed,
-                constraint.param.as_str(),
+                param,
                 format!(
-                    "'{}' is constrained by this key, and neither the call nor its object keeps that.",
-                    constraint.param
+                    "'{param}' is constrained by this key, and neither the call nor its object keeps that."
                 ),
             ));
         }
@@ -284,144 +306,6 @@ fn doubt_text(call: &Call) -> String {
     )
 }
 
-/// What a call would hold.
-struct Reserve<'a> {
-    /// The hold to go on with; a new one when `None`.
-    on: Option<&'a Hold>,
-    /// Who pays.
-    payer: &'a Key,
-    lane: Lane,
-    currency: Option<Currency>,
-    /// What is held afterwards.
-    minor: u64,
-    usd: MicroUsd,
-    /// What must still fit under the payer's caps.
-    more: MicroUsd,
-    decline_voids: bool,
-}
-
-fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Reserve<'a>, Refusal> {
-    let new = |lane, money: Money, usd| Reserve {
-        on: None,
-        payer: state.key,
-        lane,
-        currency: Some(money.currency),
-        minor: money.minor,
-        usd,
-        more: usd,
-        decline_voids: true,
-    };
-    match &intent.claim {
-        Claim::Create { lane, money, usd } => {
-            limits::one_call_fits(state.key, *usd)?;
-            Ok(new(*lane, *money, *usd))
-        }
-        Claim::Unpriced if is_held_under_a_cap(state) => {
-            Err(amount_unknown("This would change an object whose money is held under a cap"))
-        }
-        Claim::Unpriced if state.key.is_uncapped() => Ok(Reserve {
-            on: None,
-            payer: state.key,
-            lane: Lane::In,
-            currency: None,
-            minor: 0,
-            usd: MicroUsd::ZERO,
-            more: MicroUsd::ZERO,
-            decline_voids: true,
-        }),
-        Claim::Unpriced => Err(amount_unknown("What this operation costs cannot be known before it is sent")),
-        Claim::Refund { minor, .. } => {
-            let (_, currency) = known_object(state)?;
-            let money = Money { minor: *minor, currency };
-            let usd =
-                money.to_usd().ok_or_else(|| amount_unknown("The refund's amount cannot be counted"))?;
-            limits::one_call_fits(state.key, usd)?;
-            Ok(new(Lane::Out, money, usd))
-        }
-        Claim::Use { verb, minor, .. } => {
-            let (hold, currency) = known_object(state)?;
-            price_use(state, hold, currency, *verb, *minor)
-        }
-    }
-}
-
-fn price_use<'a>(
-    state: &Loaded<'a>,
-    hold: &'a Hold,
-    currency: Currency,
-    verb: Verb,
-    named: Option<u64>,
-) -> Result<Reserve<'a>, Refusal> {
-    let minor = named.map_or(hold.minor, |named| named.max(hold.minor));
-    let money = Money { minor, currency };
-    let usd = money.to_usd().ok_or_else(|| amount_unknown("The object's amount cannot be counted"))?;
-    let decline_voids = match verb {
-        Verb::Confirm => true,
-        Verb::Capture | Verb::Increment => false,
-    };
-    match hold.state {
-        HoldState::Sending { .. } => Err(in_use("Another call on this object is being made right now.")),
-        HoldState::Doubt => Err(in_use(
-            "The outcome of another call on this object is not known yet. Make that call again, or cancel the object.",
-        )),
-        HoldState::Open => {
-            let more = usd.saturating_sub(hold.usd);
-            let payer = state.owner.unwrap_or(state.key);
-            let gone = payer.revoked_at.is_some()
-                || payer.closed_at.is_some()
-                || state.owner_issuer.is_some_and(|issuer| issuer.revoked_at.is_some());
-            if more > MicroUsd::ZERO && (payer.issuer != state.key.issuer || gone) {
-                return Err(Refusal::new(
-                    Code::ParameterNotAllowed,
-                    "This call would raise a hold that another issuer's key, or a dead one, pays for.",
-                ));
-            }
-            // An increment costs what it adds; confirm and capture move all of it.
-            limits::one_call_fits(state.key, if verb == Verb::Increment { more } else { usd })?;
-            Ok(Reserve {
-                on: Some(hold),
-                payer: state.owner.unwrap_or(state.key),
-                lane: hold.lane,
-                currency: Some(currency),
-                minor,
-                usd,
-                more,
-                decline_voids,
-            })
-        }
-        // Declined before, or done: whatever this call does is held anew, by the key that makes it.
-        HoldState::Void | HoldState::Spent => {
-            limits::one_call_fits(state.key, usd)?;
-            Ok(Reserve {
-                on: None,
-                payer: state.key,
-                lane: hold.lane,
-                currency: Some(currency),
-                minor,
-                usd,
-                more: usd,
-                decline_voids: true,
-            })
-        }
-    }
-}
-
-fn known_object<'a>(state: &Loaded<'a>) -> Result<(&'a Hold, Currency), Refusal> {
-    state.object_hold.and_then(|hold| Some((hold, hold.currency?))).ok_or_else(|| {
-        amount_unknown("The object was not made through this sidecar, so its amount is not known here")
-    })
-}
-
-/// Whether the object is held for a key with a cap, which a call without a price could raise unseen.
-fn is_held_under_a_cap(state: &Loaded<'_>) -> bool {
-    let held = state.object_hold.is_some_and(|hold| hold.state.is_live() && hold.currency.is_some());
-    held && !state.owner.is_some_and(Key::is_uncapped)
-}
-
-fn amount_unknown(why: &str) -> Refusal {
-    Refusal::new(Code::AmountUnknown, format!("{why}. Nothing was sent."))
-}
-
 fn replay(state: &Loaded<'_>, command: &Admit, call: &Call, now: UnixMs) -> Verdict {
     let audit = Entry {
         call_id: Some(call.id.to_string()),
@@ -495,6 +379,9 @@ fn send(
     if let (Some(param), Some(mark)) = (&intent.stamp_param, &mark) {
         request.params.push((param.clone(), mark.clone()));
     }
+    if let (Some(param), Some(minor)) = (&intent.pin, pinned(intent)) {
+        request.params.push((param.clone(), minor.to_string()));
+    }
     let facts = crate::hold::Facts { idempotency_key: key.clone(), ..intent.facts.clone() };
     let live = LiveCall { request, facts, decline_voids: reserve.decline_voids, key_id: state.key.id };
     let hold = held(state, command, call_id, reserve, live, now);
@@ -537,6 +424,20 @@ fn send(
     }))
 }
 
+/// The amount that was read, for a call that leaves it to its object: between the read and the call nobody may change it.
+fn pinned(intent: &Intent) -> Option<u64> {
+    let ceiling = intent.seen.as_ref()?.ceiling?;
+    match intent.claim {
+        Claim::Use { minor: None, verb: Verb::Confirm | Verb::Capture, .. }
+        | Claim::Return { minor: None, .. } => Some(ceiling.minor),
+        Claim::Use { .. }
+        | Claim::Return { .. }
+        | Claim::Create { .. }
+        | Claim::Ceiling { .. }
+        | Claim::Unpriced => None,
+    }
+}
+
 fn held(
     state: &Loaded<'_>,
     command: &Admit,
@@ -545,10 +446,19 @@ fn held(
     live: LiveCall,
     now: UnixMs,
 ) -> Hold {
-    // What is made anew for a known object belongs to that object; a refund is an object of its own.
-    let of_object = match command.intent.claim {
-        Claim::Use { .. } => state.object_hold,
-        Claim::Create { .. } | Claim::Refund { .. } | Claim::Unpriced => None,
+    let intent = &command.intent;
+    let seen = intent.seen.as_ref();
+    // What is made anew for a known object belongs to that object; what goes back is an object of its own.
+    let (of_object, object_id) = match &intent.claim {
+        Claim::Use { object, .. } => (state.object_hold, Some(object)),
+        Claim::Ceiling { object, on_its_hold: true, .. } => (state.object_hold, object.as_ref()),
+        Claim::Ceiling { .. } | Claim::Create { .. } | Claim::Return { .. } | Claim::Unpriced => (None, None),
+    };
+    let customer = match object_id {
+        Some(_) => {
+            of_object.and_then(|hold| hold.customer.clone()).or(seen.and_then(|seen| seen.customer.clone()))
+        }
+        None => intent.facts.customer.clone(),
     };
     let mut calls = of_object.map(|hold| hold.calls.clone()).unwrap_or_default();
     calls.retain(|known| *known != call_id);
@@ -567,17 +477,22 @@ fn held(
         currency: reserve.currency,
         minor: reserve.minor,
         usd: reserve.usd,
-        base: reserve.on.map(|hold| Base { minor: hold.minor, usd: hold.usd }),
-        object_id: of_object.and_then(|hold| hold.object_id.clone()),
+        base: reserve.on.map(|hold| match seen {
+            // What was read just now is what the object stands for, whatever becomes of this call.
+            Some(_) => Base { minor: reserve.minor, usd: reserve.usd },
+            None => Base { minor: hold.minor, usd: hold.usd },
+        }),
+        object_id: of_object.and_then(|hold| hold.object_id.clone()).or_else(|| object_id.cloned()),
         admitted_at: reserve.on.map_or(now, |hold| hold.admitted_at),
         since: now,
         live: Some(live),
         calls,
         aliases: of_object.map(|hold| hold.aliases.clone()).unwrap_or_default(),
-        account: command.intent.request.account.clone().unwrap_or_default(),
-        customer: of_object
-            .map_or_else(|| command.intent.facts.customer.clone(), |hold| hold.customer.clone()),
+        account: intent.request.account.clone().unwrap_or_default(),
+        customer,
         object_over: false,
+        rate: (reserve.rate != Rate::USD).then_some(reserve.rate),
+        moved_before: reserve.moved_before,
     }
 }
 

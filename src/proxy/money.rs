@@ -24,9 +24,10 @@ use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::telemetry::OutcomeLabels;
 use crate::upstream::{self, Sent, UnknownReason};
-use crate::vendor::stripe::answer::{self, Answer};
+use crate::vendor::stripe::answer::{self, Answer, Expected};
+use crate::vendor::stripe::object::{self, Look, Purpose};
+use crate::vendor::stripe::pricing::Price;
 use crate::vendor::stripe::request::{self, Reading, Surroundings};
-use crate::vendor::stripe::rules::Priced;
 use crate::vendor::stripe::secrets;
 
 /// How a leader's work ended.
@@ -37,6 +38,14 @@ struct Led {
     call_id: CallId,
 }
 
+/// A money call on its way.
+struct Work {
+    intent: Intent,
+    priced: Option<&'static Price>,
+    /// The read that its price may wait for.
+    look: Option<(Look, Purpose)>,
+}
+
 impl Proxy {
     /// Answers a money call.
     pub(super) async fn spend(
@@ -44,23 +53,30 @@ impl Proxy {
         course: &mut Course,
         key: &Key,
         reading: &Reading<'_>,
-        priced: Option<Priced>,
+        priced: Option<&'static Price>,
         estate: &Estate,
     ) -> Result<Reply, No> {
         let now = self.ledger.now();
+        let exchange = self.exchange();
         let around = Surroundings {
+            exchange: &exchange,
             estate,
             salt: self.ledger.salt(),
             stamp: self.config.stamp,
             lone_call: CallId::new(now, random::bytes()),
         };
         let intent = request::intent(reading, priced, key, around)?;
-        if let Claim::Create { usd, .. } = intent.claim {
+        if let Claim::Create { money, rate, .. } = &intent.claim
+            && let Some(usd) = rate.usd(money.minor)
+        {
             one_call_fits(key, usd)?;
         }
         loop {
             match self.flights.enter(intent.identity, intent.fingerprint) {
-                Role::Leader(leader) => return self.lead(course, key, &intent, leader).await,
+                Role::Leader(leader) => {
+                    let look = priced.and_then(|price| object::look(reading, price));
+                    return self.lead(course, key, Work { intent, priced, look }, leader).await;
+                }
                 Role::Waiter(flight) => match timeout_at(course.deadline, landed(flight)).await {
                     // What its object has to keep, only the ledger can tell.
                     Ok(Some(Landing::Shared(_))) if !intent.open_constraints.is_empty() => {}
@@ -80,14 +96,8 @@ impl Proxy {
     }
 
     /// Leads the call and tells those who wait for it.
-    async fn lead(
-        &self,
-        course: &mut Course,
-        key: &Key,
-        intent: &Intent,
-        leader: Leader,
-    ) -> Result<Reply, No> {
-        let led = self.execute(course, key, intent).await;
+    async fn lead(&self, course: &mut Course, key: &Key, work: Work, leader: Leader) -> Result<Reply, No> {
+        let led = self.execute(course, key, work).await;
         match &led {
             Ok(led) if led.shared => {
                 let mut reply = led.reply.clone();
@@ -129,17 +139,10 @@ impl Proxy {
     }
 
     /// Reserves, sends and settles; or replays; or refuses.
-    async fn execute(&self, course: &mut Course, key: &Key, intent: &Intent) -> Result<Led, No> {
-        let now = self.ledger.now();
-        let admit = Admit {
-            intent: intent.clone(),
-            call_id: CallId::new(now, random::bytes()),
-            hold_id: HoldId::new(now, random::bytes()),
-            boot: self.ledger.boot(),
-            duration_ms: course.elapsed_ms(),
-        };
-        let held = match self.ledger.admit(key.id, admit).await? {
+    async fn execute(&self, course: &mut Course, key: &Key, mut work: Work) -> Result<Led, No> {
+        let held = match self.admit(course, key, &mut work).await? {
             Admitted::Refused(refusal) => return Err(No::Recorded(refusal)),
+            Admitted::Look => return Err(unreadable_object().into()),
             Admitted::Replay { call_id, answer } => {
                 self.metrics.decided("replayed", "");
                 let reply = Reply::of_stored(&answer, &course.request_id);
@@ -151,13 +154,40 @@ impl Proxy {
         let call_id = held.call_id();
         let sent =
             self.timed(course, self.forwarder.send_held(&held, self.ledger.now(), course.deadline)).await;
-        let reply = self.settle(course, key, intent, held, sent).await;
+        let reply = self.settle(course, key, &work, held, sent).await;
         Ok(Led { reply, shared: true, call_id })
     }
 
+    /// Asks the ledger, and once more with what the object's record says when only that tells the price.
+    async fn admit(&self, course: &mut Course, key: &Key, work: &mut Work) -> Result<Admitted, No> {
+        loop {
+            let now = self.ledger.now();
+            let admit = Admit {
+                intent: work.intent.clone(),
+                call_id: CallId::new(now, random::bytes()),
+                hold_id: HoldId::new(now, random::bytes()),
+                boot: self.ledger.boot(),
+                duration_ms: course.elapsed_ms(),
+            };
+            let admitted = self.ledger.admit(key.id, admit).await?;
+            let (Admitted::Look, None, Some((look, purpose))) = (&admitted, &work.intent.seen, &work.look)
+            else {
+                return Ok(admitted);
+            };
+            let seen = self.look(course, &work.intent.request, look, *purpose).await?;
+            work.intent.seen = Some(seen);
+        }
+    }
+
     /// Makes durable what the answer proves, and only then answers.
-    async fn settle(&self, course: &Course, key: &Key, intent: &Intent, held: Held, sent: Sent) -> Reply {
-        let told = Told::of(&sent, &held, intent);
+    async fn settle(&self, course: &mut Course, key: &Key, work: &Work, held: Held, sent: Sent) -> Reply {
+        let more = match (&sent, work.priced) {
+            (Sent::Answered(answer), Some(price)) => {
+                self.follow(course, &work.intent.request, answer, price.answers).await
+            }
+            (Sent::Answered(_) | Sent::NotSent { .. } | Sent::Unknown { .. }, _) => None,
+        };
+        let told = Told::of(&sent, &held, work, more.as_ref());
         let outcome = call::conclude(&told.meaning, held.first_send(), told.replayed, held.basis());
         self.note_own_key(&told.meaning);
         let name = outcome_name(outcome);
@@ -184,6 +214,11 @@ impl Proxy {
             tracing::error!(%error, %call_id, "an outcome could not be written; the money stays counted");
         }
         let settled = resolved.is_ok() && outcome != Outcome::Unknown;
+        if settled && let (Some(answer), Some(price), true) = (&told.answer, work.priced, is_counted(outcome))
+        {
+            let Intent { request, facts, .. } = &work.intent;
+            self.note_billed(request, facts, price.answers, &answer.body).await;
+        }
         let mut reply = match (told.shown(), settled) {
             (Some(answer), true) => Reply::of_answer(answer, &course.request_id),
             (None, true) if matches!(told.meaning, Meaning::OwnKeyRefused) => {
@@ -257,17 +292,18 @@ struct Told {
 }
 
 impl Told {
-    fn of(sent: &Sent, held: &Held, intent: &Intent) -> Self {
+    fn of(sent: &Sent, held: &Held, work: &Work, more: Option<&upstream::Answer>) -> Self {
         match sent {
             Sent::NotSent { .. } => Self::nothing(Meaning::NotSent, false),
             Sent::Unknown { reason } => Self::nothing(Meaning::Silence, *reason == UnknownReason::TimedOut),
             Sent::Answered(answer) => {
-                let currency = match intent.claim {
-                    Claim::Unpriced => None,
-                    Claim::Create { .. } | Claim::Refund { .. } | Claim::Use { .. } => held.currency(),
-                };
+                let expected = work.priced.zip(held.money()).map(|(price, held)| Expected {
+                    answers: price.answers,
+                    held,
+                    is_ceiling: matches!(work.intent.claim, Claim::Ceiling { .. }),
+                });
                 let told = Answer { status: answer.status, body: &answer.body };
-                let (meaning, objects) = answer::read(told, currency);
+                let (meaning, objects) = answer::read(told, expected, more.map(|more| more.body.as_ref()));
                 let replayed = answer.headers.get(REPLAYED).is_some_and(|value| value == "true");
                 Self { meaning, objects, replayed, timed_out: false, answer: Some(answer.clone()) }
             }
@@ -324,6 +360,24 @@ const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::NotSent => "not_sent",
         Outcome::Unknown => "doubt",
     }
+}
+
+/// Whether the money of the answer's object is counted now.
+const fn is_counted(outcome: Outcome) -> bool {
+    match outcome {
+        Outcome::Spent { minor } => minor > 0,
+        Outcome::Pending { .. } => true,
+        Outcome::Declined | Outcome::Refused | Outcome::TurnedAway | Outcome::NotSent | Outcome::Unknown => {
+            false
+        }
+    }
+}
+
+fn unreadable_object() -> Refusal {
+    Refusal::new(
+        Code::AmountUnknown,
+        "The object of this call cannot be read first, so its amount is not known. Nothing was sent.",
+    )
 }
 
 fn still_in_flight() -> Refusal {

@@ -5,6 +5,8 @@
 pub mod answer;
 pub mod catalogue;
 pub mod form;
+pub mod object;
+pub mod pricing;
 pub mod refusal;
 pub mod request;
 pub mod rules;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Modules from the bottom up. One may use its own layer and those below it.
 const LAYERS: &[(usize, &[&str])] = &[
     (0, &["money", "id", "time", "secret", "refusal"]),
-    (1, &["key", "issuer", "hold", "call", "intent", "audit", "vendor"]),
+    (1, &["fx", "key", "issuer", "hold", "call", "intent", "audit", "vendor"]),
     (2, &["ledger", "telemetry"]),
     (3, &["upstream", "tls", "server", "random", "clock", "forward", "account"]),
     (4, &["proxy", "admin", "audit_api", "ops"]),
@@ -22,6 +22,7 @@ const PURE: &[&str] = &[
     "money",
     "id",
     "refusal",
+    "fx",
     "key",
     "hold",
     "call",
@@ -49,7 +50,8 @@ const IMPURE: &[&str] = &[
 
 /// Whatever the ledger stands on, and the ledger.
 const VENDORLESS: &[&str] = &[
-    "money", "id", "time", "secret", "refusal", "key", "issuer", "hold", "call", "intent", "audit", "ledger",
+    "money", "id", "time", "secret", "refusal", "fx", "key", "issuer", "hold", "call", "intent", "audit",
+    "ledger",
 ];
 /// Names that are part of the API, whoever the vendor is, and what the one type for secrets tells of a key.
 const VENDOR_NAMES_KNOWN: &[&str] =

@@ -324,7 +324,9 @@ impl<'t> Tx<'t> {
         let call_hold = call.as_ref().map(|call| self.hold(call.hold_id)).transpose()?.flatten();
         let answer_kept = call.as_ref().map(|call| self.has_answer(call.id)).transpose()?.unwrap_or(false);
         let object_hold = match &admit.intent.claim {
-            Claim::Refund { of: object, .. } | Claim::Use { object, .. } => {
+            Claim::Return { of: object, .. }
+            | Claim::Use { object, .. }
+            | Claim::Ceiling { object: Some(object), .. } => {
                 let account = admit.intent.request.account.as_deref().unwrap_or_default();
                 self.hold_of_object(account, object)?
             }
@@ -334,7 +336,7 @@ impl<'t> Tx<'t> {
                 let object = admit.intent.facts.object_id.as_deref();
                 object.map(|object| self.hold_of_object(account, object)).transpose()?.flatten()
             }
-            Claim::Create { .. } => None,
+            Claim::Create { .. } | Claim::Ceiling { object: None, .. } => None,
         };
         let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
         let mut counters = Counters::default();
@@ -349,7 +351,11 @@ impl<'t> Tx<'t> {
         }
         // A call on a live hold is paid for by the hold's key.
         let payer = match (&admit.intent.claim, &object_hold, &owner) {
-            (Claim::Use { .. }, Some(hold), Some(owner)) if hold.state.is_live() => owner,
+            (Claim::Use { .. } | Claim::Ceiling { on_its_hold: true, .. }, Some(hold), Some(owner))
+                if hold.state.is_live() =>
+            {
+                owner
+            }
             _ => &key,
         };
         let issuer = self.issuer_of(&key)?;
@@ -456,6 +462,11 @@ impl<'t> Tx<'t> {
         if let Some((was, is)) = &effects.hold {
             self.put_hold(was.as_ref(), is, now)?;
             for object in &effects.objects {
+                // An object belongs to the hold that counts it, for as long as that does.
+                let known = self.hold_of_object(&is.account, object)?;
+                if known.is_some_and(|known| known.id != is.id && known.state.is_live()) {
+                    continue;
+                }
                 let place = (is.account.as_str(), object.as_str());
                 self.txn.open_table(OBJECTS)?.insert(place, is.id.as_bytes())?;
             }

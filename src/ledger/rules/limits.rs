@@ -4,7 +4,8 @@
 use crate::hold::{Hold, Lane, Subject};
 use crate::key::Key;
 use crate::ledger::counter::{Counter, Counters};
-use crate::ledger::rules::{Loaded, Reserve};
+use crate::ledger::rules::Loaded;
+use crate::ledger::rules::price::Reserve;
 use crate::money::MicroUsd;
 use crate::refusal::{CapFigures, CapKind, Code, Refusal};
 use crate::time::{Day, UnixMs};

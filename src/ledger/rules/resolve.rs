@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | spent | spent | spent |
 //! | pending | open | open |
-//! | declined | void | void after a confirm, else open as it was |
+//! | declined | void; open when the vendor tries again by itself | void after a confirm, else open as it was |
 //! | refused, turned away, not sent | void | open as it was |
 //! | unknown | doubt | doubt |
 //!
@@ -17,7 +17,6 @@ use crate::id::{BootId, CallId};
 use crate::key::Key;
 use crate::ledger::entry;
 use crate::ledger::rules::Effects;
-use crate::money::Money;
 use crate::time::{DAY_MS, UnixMs};
 
 /// Other objects that one hold is known by.
@@ -255,20 +254,27 @@ impl Change {
     fn of(was: &Hold, outcome: Outcome) -> Self {
         let mut hold = was.clone();
         let mut over_hold = false;
+        // An object tells of all that ever moved for it.
+        let own = |minor: u64| minor.saturating_sub(was.moved_before);
         match outcome {
             Outcome::Spent { minor } => {
-                over_hold = book(&mut hold, minor);
+                over_hold = book(&mut hold, own(minor));
                 hold.state = HoldState::Spent;
                 (hold.live, hold.base) = (None, None);
             }
             Outcome::Pending { minor } => {
                 // Held in full: what Stripe now calls less may still become more.
-                let higher = minor.max(hold.minor);
+                let higher = own(minor).max(hold.minor);
                 over_hold = book(&mut hold, higher);
                 hold.state = HoldState::Open;
                 (hold.live, hold.base) = (None, None);
             }
             Outcome::Declined if was.live.as_ref().is_none_or(|live| live.decline_voids) => void(&mut hold),
+            // Declined now, and the vendor tries again by itself.
+            Outcome::Declined if hold.base.is_none() => {
+                hold.state = HoldState::Open;
+                hold.live = None;
+            }
             Outcome::Declined | Outcome::Refused | Outcome::TurnedAway | Outcome::NotSent => {
                 match hold.base.take() {
                     Some(base) => {
@@ -302,10 +308,12 @@ fn void(hold: &mut Hold) {
 
 /// Books what Stripe says; true when that is more than was held.
 fn book(hold: &mut Hold, minor: u64) -> bool {
-    let Some(currency) = hold.currency else { return false };
+    if hold.currency.is_none() {
+        return false;
+    }
     let over = minor > hold.minor;
     // Vendors read amounts of at most twelve digits, which always have a price.
-    hold.usd = Money { minor, currency }.to_usd().unwrap_or(hold.usd);
+    hold.usd = hold.to_usd(minor).unwrap_or(hold.usd);
     hold.minor = minor;
     over
 }

@@ -3,7 +3,9 @@
 use serde_json::Value;
 
 use crate::call::{Reading, Record};
-use crate::money::{AMOUNT_DIGITS_MAX, Currency};
+use crate::money::{Currency, Money};
+use crate::vendor::stripe::object::{Look, Source, amount, is_id, reference, text};
+use crate::vendor::stripe::pricing::Answers;
 
 /// An answer, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
@@ -14,13 +16,24 @@ pub struct Answer<'a> {
     pub body: &'a [u8],
 }
 
+/// What was held for a call, as far as its answer is read against it.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// What a 2xx answers with.
+    pub answers: Answers,
+    /// What is held.
+    pub held: Money,
+    /// Whether that is only what the key allows for one call, in dollars, whatever the object is in.
+    pub is_ceiling: bool,
+}
+
 /// What an answer to a money call says, and the objects that it names, the main one first.
 ///
-/// `expected` is the currency that was held; `None` for a call whose price is not known.
-pub fn read(answer: Answer<'_>, expected: Option<Currency>) -> (Reading, Vec<String>) {
+/// `expected` is `None` for a call whose price is not known. `more` is the body of the read that [`follow`] asked for.
+pub fn read(answer: Answer<'_>, expected: Option<Expected>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
     let body: Option<Value> = serde_json::from_slice(answer.body).ok();
     match answer.status {
-        200..=299 => body.map_or((UNCLEAR, Vec::new()), |body| read_object(&body, expected)),
+        200..=299 => body.map_or((UNCLEAR, Vec::new()), |body| read_object(&body, expected, more)),
         402 => (Reading::Declined, body.as_ref().map(declined_objects).unwrap_or_default()),
         400 | 404 if body.as_ref().is_some_and(is_key_mismatch) => (Reading::KeyMismatch, Vec::new()),
         401 => (Reading::OwnKeyRefused, Vec::new()),
@@ -33,6 +46,14 @@ pub fn read(answer: Answer<'_>, expected: Option<Currency>) -> (Reading, Vec<Str
     }
 }
 
+/// What has to be read besides an answer to know how much moved: the first invoice of a new subscription.
+pub fn follow(answer: Answer<'_>, answers: Answers) -> Option<Look> {
+    let body: Value = serde_json::from_slice(answer.body).ok()?;
+    let is_executed = (200..300).contains(&answer.status) && answers == Answers::NewSubscription;
+    let invoice = body.get("latest_invoice").and_then(Value::as_str).filter(|_| is_executed)?;
+    is_id(invoice).then(|| Source::Invoice.look(invoice))
+}
+
 /// Whether an answer to a call that moves no money turns the sidecar's own key away.
 pub fn refuses_own_key(answer: Answer<'_>) -> bool {
     match answer.status {
@@ -42,39 +63,130 @@ pub fn refuses_own_key(answer: Answer<'_>) -> bool {
     }
 }
 
-/// What the answer to a cancel says about the payment intent: the object, and its record when it is final.
-pub fn canceled(answer: Answer<'_>) -> Option<(String, Record)> {
+/// What the answer to a call that ends something says of it: the object, and its record when it is final.
+pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record)> {
     let body: Value = serde_json::from_slice(answer.body).ok().filter(|_| answer.status == 200)?;
     let id = text(&body, "id")?.to_owned();
-    match (text(&body, "object")?, text(&body, "status")?) {
-        ("payment_intent", "canceled") => match amount(&body, "amount_received")? {
-            0 => Some((id, Record::Ended)),
-            minor => Some((id, Record::Moved { minor })),
-        },
-        _ => None,
+    if text(&body, "object") != Some(answers.object()) {
+        return None;
     }
+    let deleted = body.get("deleted").and_then(Value::as_bool) == Some(true);
+    let status = text(&body, "status").unwrap_or_default();
+    let moved = match (answers, status) {
+        (Answers::Intent, "canceled") => amount(&body, "amount_received")?,
+        (Answers::Invoice, "void") => amount(&body, "amount_paid")?,
+        (Answers::CheckoutSession, "expired") | (Answers::Payout | Answers::Refund, "canceled") => 0,
+        (Answers::Invoice | Answers::InvoiceItem, _) if deleted => 0,
+        _ => return None,
+    };
+    Some((id, if moved == 0 { Record::Ended } else { Record::Moved { minor: moved } }))
 }
 
 const UNCLEAR: Reading = Reading::Unclear { is_5xx: false };
+/// Money may move, and the answer does not say how much: all that is held stays held.
+const STAYS_HELD: Reading = Reading::Pending { minor: 0 };
 
-fn read_object(body: &Value, expected: Option<Currency>) -> (Reading, Vec<String>) {
+fn read_object(body: &Value, expected: Option<Expected>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
     let Some(id) = text(body, "id") else { return (UNCLEAR, Vec::new()) };
     let mut objects = vec![id.to_owned()];
-    let Some(expected) = expected else { return (Reading::Moved { minor: 0 }, objects) };
-    // An amount in another currency than was held cannot be booked.
-    if text(body, "currency").and_then(Currency::parse) != Some(expected) {
+    let Some(Expected { answers, held, is_ceiling }) = expected else {
+        return (Reading::Moved { minor: 0 }, objects);
+    };
+    if text(body, "object") != Some(answers.object()) {
         return (UNCLEAR, objects);
     }
-    let reading = match text(body, "object") {
-        Some("charge") => read_charge(body),
-        Some("payment_intent") => {
+    // An amount in another currency than was held cannot be booked.
+    if text(body, "currency").and_then(Currency::parse) != Some(held.currency) {
+        return (if is_ceiling { STAYS_HELD } else { UNCLEAR }, objects);
+    }
+    let reading = match answers {
+        Answers::Charge => read_charge(body),
+        Answers::ChargeRefund => {
+            // The charge stays the object of the hold that made it.
+            objects.clear();
+            amount(body, "amount_refunded")
+                .filter(|refunded| *refunded >= held.minor)
+                .map(|_| Reading::Moved { minor: held.minor })
+        }
+        Answers::Intent => {
             objects.extend(reference(body, "latest_charge"));
             read_intent(body)
         }
-        Some("refund") => read_refund(body),
-        _ => None,
+        Answers::Refund => read_refund(body),
+        Answers::Invoice => read_invoice(body),
+        Answers::InvoiceItem => Some(Reading::Pending { minor: positive(body, "amount") }),
+        Answers::NewSubscription => Some(read_new_subscription(body, more)),
+        Answers::Transfer | Answers::TransferReversal => {
+            amount(body, "amount").map(|minor| Reading::Moved { minor })
+        }
+        Answers::Payout => read_payout(body),
+        Answers::BalanceTransaction => Some(Reading::Moved { minor: positive(body, "amount") }),
+        Answers::CheckoutSession => Some(read_session(body)),
+        Answers::LineItem
+        | Answers::Subscription
+        | Answers::SubscriptionItem
+        | Answers::SubscriptionSchedule => Some(STAYS_HELD),
     };
     (reading.unwrap_or(UNCLEAR), objects)
+}
+
+/// An invoice tells all that was ever paid for it.
+fn read_invoice(invoice: &Value) -> Option<Reading> {
+    let paid = amount(invoice, "amount_paid")?;
+    let due = paid.checked_add(amount(invoice, "amount_remaining")?)?;
+    Some(match text(invoice, "status")? {
+        // Nobody collects a draft that does not advance by itself; who finalizes or pays it is asked then.
+        "draft" if invoice.get("auto_advance").and_then(Value::as_bool) == Some(false) => {
+            Reading::Moved { minor: 0 }
+        }
+        "draft" => Reading::Pending { minor: due.max(amount(invoice, "amount_due")?) },
+        "open" | "uncollectible" => Reading::Pending { minor: due },
+        "void" if paid == 0 => Reading::NotMoved,
+        "paid" | "void" => Reading::Moved { minor: paid },
+        _ => return None,
+    })
+}
+
+/// Only a first invoice that is paid is final: a trial is billed later, and so are the periods to come.
+fn read_new_subscription(subscription: &Value, more: Option<&[u8]>) -> Reading {
+    let read: Option<Value> = more.and_then(|body| serde_json::from_slice(body).ok());
+    let invoice = read.as_ref().or_else(|| subscription.get("latest_invoice"));
+    let paid = invoice
+        .filter(|invoice| {
+            text(invoice, "object") == Some("invoice") && text(invoice, "status") == Some("paid")
+        })
+        .and_then(|invoice| amount(invoice, "amount_paid"));
+    match (text(subscription, "status"), paid) {
+        (Some("active"), Some(minor)) => Reading::Moved { minor },
+        (Some("incomplete_expired"), _) => Reading::NotMoved,
+        _ => STAYS_HELD,
+    }
+}
+
+fn read_payout(payout: &Value) -> Option<Reading> {
+    // One that takes back another is told as a negative amount.
+    let minor = payout.get("amount").and_then(Value::as_i64).map(i64::unsigned_abs)?;
+    Some(match text(payout, "status")? {
+        "paid" => Reading::Moved { minor },
+        "pending" | "in_transit" => Reading::Pending { minor },
+        "failed" | "canceled" => Reading::NotMoved,
+        _ => return None,
+    })
+}
+
+fn read_session(session: &Value) -> Reading {
+    let total = amount(session, "amount_total").unwrap_or(0);
+    match (text(session, "status"), text(session, "payment_status"), text(session, "mode")) {
+        (Some("expired"), _, _) => Reading::NotMoved,
+        (_, Some("paid"), Some("payment")) => Reading::Moved { minor: total },
+        (_, _, Some("setup")) => Reading::Moved { minor: 0 },
+        // The customer pays later, in a browser.
+        _ => Reading::Pending { minor: total },
+    }
+}
+
+fn positive(object: &Value, field: &str) -> u64 {
+    amount(object, field).unwrap_or(0)
 }
 
 fn read_charge(charge: &Value) -> Option<Reading> {
@@ -137,27 +249,20 @@ fn is_about_own_key(body: &Value) -> bool {
     message.starts_with("The provided key") || message.contains("required permissions")
 }
 
-/// The id in a field that may hold an id or the expanded object.
-fn reference(object: &Value, field: &str) -> Option<String> {
-    let value = object.get(field)?;
-    value.as_str().or_else(|| text(value, "id")).map(str::to_owned)
-}
-
-fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
-    object.get(field).and_then(Value::as_str)
-}
-
-fn amount(object: &Value, field: &str) -> Option<u64> {
-    let ceiling = 10_u64.pow(u32::try_from(AMOUNT_DIGITS_MAX).unwrap_or(0));
-    object.get(field).and_then(Value::as_u64).filter(|minor| *minor < ceiling)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn held_for(answers: Answers) -> Expected {
+        Expected { answers, held: Money { minor: 100, currency: Currency::USD }, is_ceiling: false }
+    }
+
+    /// Read as what the body says it is.
     fn reading(status: u16, body: &str) -> Reading {
-        read(Answer { status, body: body.as_bytes() }, Some(Currency::USD)).0
+        let read_body: Value = serde_json::from_str(body).unwrap_or_default();
+        let object = text(&read_body, "object").unwrap_or_default();
+        let answers = Answers::read(object).unwrap_or(Answers::Charge);
+        read(Answer { status, body: body.as_bytes() }, Some(held_for(answers)), None).0
     }
 
     #[test]
@@ -218,8 +323,9 @@ mod tests {
 
     #[test]
     fn objects_are_named_with_their_charges() {
-        let objects =
-            |status, body: &str| read(Answer { status, body: body.as_bytes() }, Some(Currency::USD)).1;
+        let objects = |status, body: &str| {
+            read(Answer { status, body: body.as_bytes() }, Some(held_for(Answers::Intent)), None).1
+        };
         let intent = r#"{"object":"payment_intent","id":"pi_1","currency":"usd","amount":1,"status":"processing","latest_charge":CH}"#;
         assert_eq!(objects(200, &intent.replace("CH", "\"ch_1\"")), ["pi_1", "ch_1"]);
         assert_eq!(objects(200, &intent.replace("CH", r#"{"id":"ch_2"}"#)), ["pi_1", "ch_2"]);
@@ -228,13 +334,156 @@ mod tests {
         assert_eq!(objects(402, declined), ["pi_9", "ch_9"]);
     }
 
+    /// What is answered with which fields, and what that says.
+    const ANSWERS: &[(&str, &str, Reading)] = &[
+        ("charge_refund", r#""amount":100,"amount_refunded":100"#, Reading::Moved { minor: 100 }),
+        ("charge_refund", r#""amount":100,"amount_refunded":60"#, UNCLEAR),
+        ("invoice", r#""status":"paid","amount_paid":90,"amount_remaining":0"#, Reading::Moved { minor: 90 }),
+        (
+            "invoice",
+            r#""status":"open","amount_paid":30,"amount_remaining":60"#,
+            Reading::Pending { minor: 90 },
+        ),
+        (
+            "invoice",
+            r#""status":"uncollectible","amount_paid":0,"amount_remaining":60"#,
+            Reading::Pending { minor: 60 },
+        ),
+        ("invoice", r#""status":"void","amount_paid":0,"amount_remaining":60"#, Reading::NotMoved),
+        (
+            "invoice",
+            r#""status":"draft","auto_advance":false,"amount_paid":0,"amount_remaining":60,"amount_due":60"#,
+            Reading::Moved { minor: 0 },
+        ),
+        (
+            "invoice",
+            r#""status":"draft","auto_advance":true,"amount_paid":0,"amount_remaining":60,"amount_due":60"#,
+            Reading::Pending { minor: 60 },
+        ),
+        (
+            "invoice",
+            r#""status":"draft","amount_paid":0,"amount_remaining":60,"amount_due":70"#,
+            Reading::Pending { minor: 70 },
+        ),
+        ("invoice", r#""status":"paid""#, UNCLEAR),
+        ("invoiceitem", r#""amount":80,"invoice":null"#, Reading::Pending { minor: 80 }),
+        ("invoiceitem", r#""amount":80,"invoice":"in_1""#, Reading::Pending { minor: 80 }),
+        ("invoiceitem", r#""amount":-80"#, Reading::Pending { minor: 0 }),
+        ("line_item", r#""amount":80"#, Reading::Pending { minor: 0 }),
+        ("new_subscription", r#""status":"active","latest_invoice":"in_1""#, Reading::Pending { minor: 0 }),
+        (
+            "new_subscription",
+            r#""status":"active","latest_invoice":{"object":"invoice","status":"paid","amount_paid":70}"#,
+            Reading::Moved { minor: 70 },
+        ),
+        (
+            "new_subscription",
+            r#""status":"active","latest_invoice":{"object":"invoice","status":"open","amount_paid":0}"#,
+            Reading::Pending { minor: 0 },
+        ),
+        (
+            "new_subscription",
+            r#""status":"trialing","latest_invoice":{"object":"invoice","status":"paid","amount_paid":0}"#,
+            Reading::Pending { minor: 0 },
+        ),
+        ("new_subscription", r#""status":"incomplete","latest_invoice":null"#, Reading::Pending { minor: 0 }),
+        ("new_subscription", r#""status":"incomplete_expired""#, Reading::NotMoved),
+        ("subscription", r#""status":"canceled""#, Reading::Pending { minor: 0 }),
+        ("transfer", r#""amount":100,"amount_reversed":0"#, Reading::Moved { minor: 100 }),
+        ("transfer", r#""amount":"100""#, UNCLEAR),
+        ("transfer_reversal", r#""amount":100"#, Reading::Moved { minor: 100 }),
+        ("payout", r#""amount":100,"status":"paid""#, Reading::Moved { minor: 100 }),
+        ("payout", r#""amount":100,"status":"in_transit""#, Reading::Pending { minor: 100 }),
+        ("payout", r#""amount":-100,"status":"pending""#, Reading::Pending { minor: 100 }),
+        ("payout", r#""amount":100,"status":"failed""#, Reading::NotMoved),
+        ("payout", r#""amount":100,"status":"lost""#, UNCLEAR),
+        ("customer_balance_transaction", r#""amount":100"#, Reading::Moved { minor: 100 }),
+        (
+            "checkout.session",
+            r#""status":"open","payment_status":"unpaid","mode":"payment","amount_total":90"#,
+            Reading::Pending { minor: 90 },
+        ),
+        (
+            "checkout.session",
+            r#""status":"complete","payment_status":"paid","mode":"payment","amount_total":90"#,
+            Reading::Moved { minor: 90 },
+        ),
+        (
+            "checkout.session",
+            r#""status":"complete","payment_status":"paid","mode":"subscription","amount_total":90"#,
+            Reading::Pending { minor: 90 },
+        ),
+        (
+            "checkout.session",
+            r#""status":"open","payment_status":"no_payment_required","mode":"setup""#,
+            Reading::Moved { minor: 0 },
+        ),
+    ];
+
     #[test]
-    fn a_cancel_tells_the_end_of_an_intent() {
-        let of = |status, body: &str| canceled(Answer { status, body: body.as_bytes() });
-        let body = r#"{"object":"payment_intent","id":"pi_1","status":"canceled","amount_received":0}"#;
-        assert_eq!(of(200, body), Some(("pi_1".into(), Record::Ended)));
-        assert_eq!(of(200, &body.replace(":0", ":40")), Some(("pi_1".into(), Record::Moved { minor: 40 })));
-        assert_eq!(of(200, &body.replace("canceled", "succeeded")), None);
-        assert_eq!(of(400, body), None);
+    fn every_kind_of_answer_says_what_moved() {
+        for (answers, fields, expected) in ANSWERS {
+            let answers = Answers::read(answers).unwrap();
+            let body = format!(r#"{{"object":"{}","id":"x_1","currency":"usd",{fields}}}"#, answers.object());
+            let told = |body: &str, is_ceiling| {
+                let of_kind = Expected { is_ceiling, ..held_for(answers) };
+                read(Answer { status: 200, body: body.as_bytes() }, Some(of_kind), None).0
+            };
+            assert_eq!(&told(&body, false), expected, "{body}");
+            // Another object than was asked for says nothing, and another currency nothing of what is held.
+            let other = body.replace(r#""object":""#, r#""object":"not_"#);
+            assert_eq!(told(&other, false), UNCLEAR, "{other}");
+            let euros = body.replace("\"usd\"", "\"eur\"");
+            assert_eq!((told(&euros, false), told(&euros, true)), (UNCLEAR, STAYS_HELD), "{euros}");
+        }
+    }
+
+    #[test]
+    fn a_new_subscription_is_followed_to_its_first_invoice() {
+        let body = br#"{"object":"subscription","id":"sub_1","currency":"usd","status":"active","latest_invoice":"in_1"}"#;
+        let answer = Answer { status: 200, body };
+        assert_eq!(follow(answer, Answers::NewSubscription).unwrap().path, "/v1/invoices/in_1");
+        assert_eq!(follow(answer, Answers::Subscription), None);
+        assert_eq!(follow(Answer { status: 402, body }, Answers::NewSubscription), None);
+        let strange = br#"{"latest_invoice":"in_1/../../charges"}"#;
+        assert_eq!(follow(Answer { status: 200, body: strange }, Answers::NewSubscription), None);
+        let invoice: &[u8] = br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":80}"#;
+        let (told, objects) = read(answer, Some(held_for(Answers::NewSubscription)), Some(invoice));
+        assert_eq!((told, objects), (Reading::Moved { minor: 80 }, vec!["sub_1".to_owned()]));
+    }
+
+    #[test]
+    fn a_refund_leaves_its_charge_to_the_hold_that_made_it() {
+        let body = br#"{"object":"charge","id":"ch_1","currency":"usd","amount":100,"amount_refunded":100}"#;
+        let told = read(Answer { status: 200, body }, Some(held_for(Answers::ChargeRefund)), None);
+        assert_eq!(told, (Reading::Moved { minor: 100 }, Vec::new()));
+    }
+
+    #[test]
+    fn what_ends_an_object_tells_its_record() {
+        let of = |answers, status, body: &str| ended(Answer { status, body: body.as_bytes() }, answers);
+        let over = |id: &str| Some((id.to_owned(), Record::Ended));
+        let intent = r#"{"object":"payment_intent","id":"pi_1","status":"canceled","amount_received":0}"#;
+        assert_eq!(of(Answers::Intent, 200, intent), over("pi_1"));
+        assert_eq!(
+            of(Answers::Intent, 200, &intent.replace(":0", ":40")),
+            Some(("pi_1".into(), Record::Moved { minor: 40 }))
+        );
+        assert_eq!(of(Answers::Intent, 200, &intent.replace("canceled", "succeeded")), None);
+        assert_eq!(of(Answers::Intent, 400, intent), None);
+        assert_eq!(of(Answers::Refund, 200, intent), None);
+        for (answers, body) in [
+            (Answers::Refund, r#"{"object":"refund","id":"x_1","status":"canceled"}"#),
+            (Answers::Payout, r#"{"object":"payout","id":"x_1","status":"canceled"}"#),
+            (Answers::CheckoutSession, r#"{"object":"checkout.session","id":"x_1","status":"expired"}"#),
+            (Answers::Invoice, r#"{"object":"invoice","id":"x_1","status":"void","amount_paid":0}"#),
+            (Answers::Invoice, r#"{"object":"invoice","id":"x_1","deleted":true}"#),
+            (Answers::InvoiceItem, r#"{"object":"invoiceitem","id":"x_1","deleted":true}"#),
+        ] {
+            assert_eq!(of(answers, 200, body), over("x_1"), "{body}");
+            let alive =
+                body.replace("canceled", "pending").replace("expired", "open").replace("void", "open");
+            assert_eq!(of(answers, 200, &alive.replace("true", "false")), None, "{alive}");
+        }
     }
 }

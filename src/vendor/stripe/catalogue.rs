@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
+use crate::vendor::stripe::pricing::{Answers, Price};
+
 /// How an operation moves money.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -31,14 +33,43 @@ pub struct Operation {
     pub class: Class,
     /// What else it could do, for operations that move no money.
     pub danger: Option<&'static str>,
+    /// Whether a 2xx takes back what was promised.
+    pub releases: bool,
+    /// Whether it exists in test mode only.
+    pub test_only: bool,
+    /// What a call costs at most, where that is known here.
+    pub price: Option<Price>,
+    /// What a 2xx of an operation that moves no money tells of an object that may be held.
+    pub ends: Option<Answers>,
     segments: Vec<Segment>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Segment {
     Literal(&'static str),
-    Slot,
+    Slot(&'static str),
 }
+
+/// What operations of class e could do besides, as rows write it.
+pub const DANGERS: &[&str] = &[
+    "payee",
+    "instrument",
+    "catalogue",
+    "credential",
+    "waive",
+    "webhook",
+    "metered_fee",
+    "records",
+    "issuing",
+    "customer",
+    "terminal",
+    "portal_config",
+    "dispute_evidence",
+    "card_data_out",
+    "fraud_review",
+    "portal_url",
+    "retarget",
+];
 
 /// A path that is not one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +125,7 @@ pub fn find<'p>(method: &str, path: &[&'p str]) -> Option<(&'static Operation, V
         .segments
         .iter()
         .zip(path)
-        .filter_map(|(segment, text)| (*segment == Segment::Slot).then_some(*text))
+        .filter_map(|(segment, text)| matches!(segment, Segment::Slot(_)).then_some(*text))
         .collect();
     Some((operation, ids))
 }
@@ -111,7 +142,7 @@ pub fn named(entry: &str) -> Option<(&'static Operation, bool)> {
             && operation.segments.len() == words.len()
             && operation.segments.iter().zip(&words).all(|(segment, word)| match segment {
                 Segment::Literal(literal) => literal == word,
-                Segment::Slot => is_slot(word),
+                Segment::Slot(_) => is_slot(word),
             })
     })?;
     Some((operation, wildcard))
@@ -121,14 +152,32 @@ impl Segment {
     fn takes(&self, text: &str) -> bool {
         match self {
             Self::Literal(literal) => *literal == text,
-            Self::Slot => true,
+            Self::Slot(_) => true,
         }
     }
 }
 
 impl Operation {
     fn literals(&self) -> usize {
-        self.segments.iter().filter(|segment| **segment != Segment::Slot).count()
+        self.segments.iter().filter(|segment| matches!(segment, Segment::Literal(_))).count()
+    }
+
+    /// Whether it can move money by itself.
+    pub const fn moves_money(&self) -> bool {
+        match self.class {
+            Class::AmountInRequest | Class::AmountOfObject | Class::AmountAfterwards | Class::MoneyOut => {
+                true
+            }
+            Class::Read | Class::NoMoney => false,
+        }
+    }
+
+    /// The names of the slots in its path, in order: `customer` of `/v1/customers/{customer}`.
+    pub fn slots(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.segments.iter().filter_map(|segment| match segment {
+            Segment::Literal(_) => None,
+            Segment::Slot(name) => Some(*name),
+        })
     }
 }
 
@@ -150,9 +199,24 @@ fn read_row(line: &'static str) -> Option<Operation> {
     let segments = path
         .split('/')
         .skip(1)
-        .map(|word| if word.starts_with('{') { Segment::Slot } else { Segment::Literal(word) })
+        .map(|word| match word.strip_prefix('{').and_then(|word| word.strip_suffix('}')) {
+            Some(name) => Segment::Slot(name),
+            None => Segment::Literal(word),
+        })
         .collect();
-    Some(Operation { template, method, class, danger: words.next(), segments })
+    let rest: Vec<&'static str> = words.collect();
+    let answers = rest.iter().find_map(|word| word.strip_prefix("answers=")).and_then(Answers::read);
+    Some(Operation {
+        template,
+        method,
+        class,
+        danger: rest.iter().find(|word| DANGERS.contains(word)).copied(),
+        releases: rest.contains(&"releases"),
+        test_only: rest.contains(&"test"),
+        price: Price::read(&rest, class == Class::MoneyOut),
+        ends: answers.filter(|_| class == Class::NoMoney),
+        segments,
+    })
 }
 
 #[cfg(test)]

@@ -75,6 +75,16 @@ impl Params {
         self.0.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     }
 
+    /// The first of some parameters that is given and not empty: its name and value.
+    pub fn first_of(&self, names: &[&'static str]) -> Option<(&'static str, &str)> {
+        names.iter().find_map(|name| Some((*name, self.get(name).filter(|value| !value.is_empty())?)))
+    }
+
+    /// Whether any parameter with one of these base names is given.
+    pub fn names_any(&self, bases: &[&'static str]) -> bool {
+        self.0.iter().any(|(name, _)| bases.contains(&base(name)))
+    }
+
     /// The same with one parameter's value in lower case, for values whose case means nothing.
     #[must_use]
     pub fn with_lower_case(mut self, name: &str) -> Self {

@@ -1,15 +1,18 @@
 //! From a request that was read in exactly one way to the intent that the ledger judges.
 
+use std::sync::Arc;
+
 use crate::call::{self, Estate, KeyBasis, UPSTREAM_KEY_PREFIX};
-use crate::hold::{ExactRequest, Facts, Lane};
+use crate::hold::{ExactRequest, Facts};
 use crate::id::CallId;
 use crate::intent::{Claim, Intent, Verb};
 use crate::key::{Idempotency, Key};
-use crate::money::{Currency, Money, parse_amount};
+use crate::money::{Currency, Money, Rate, Rates, parse_amount};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::catalogue::Operation;
 use crate::vendor::stripe::form::{self, Params};
-use crate::vendor::stripe::rules::{self, Priced};
+use crate::vendor::stripe::pricing::{Answers, Price, Terms};
+use crate::vendor::stripe::rules;
 use crate::vendor::stripe::{METADATA_KEYS_MAX, STAMP_PARAM, VERSION_MAX, VERSION_MIN};
 
 /// The longest idempotency key, in bytes, as at Stripe.
@@ -36,6 +39,26 @@ pub struct Reading<'a> {
     pub request_id: &'a str,
 }
 
+impl Reading<'_> {
+    /// What goes to Stripe, before a key is put on it.
+    pub fn exact_request(&self) -> ExactRequest {
+        ExactRequest {
+            method: self.operation.method.to_owned(),
+            path: self.path.clone(),
+            params: self.params.pairs().to_vec(),
+            version: self.version.clone(),
+            account: self.account.clone(),
+            idempotency_key: None,
+        }
+    }
+
+    /// The id in the path's slot of this name: `customer` of `/v1/customers/{customer}`.
+    pub fn slot(&self, name: &str) -> Option<&str> {
+        let at = self.operation.slots().position(|slot| slot == name)?;
+        self.ids.get(at).map(String::as_str)
+    }
+}
+
 /// What an intent needs besides the request.
 #[derive(Clone, Copy, Debug)]
 pub struct Surroundings<'a> {
@@ -47,6 +70,17 @@ pub struct Surroundings<'a> {
     pub stamp: bool,
     /// An id for a call that can never be made again.
     pub lone_call: CallId,
+    /// What other currencies count, and since when that is not known any more.
+    pub exchange: &'a Exchange,
+}
+
+/// What other currencies count right now.
+#[derive(Clone, Debug, Default)]
+pub struct Exchange {
+    /// The rates that hold.
+    pub rates: Arc<Rates>,
+    /// The date of a table that is too old to be used.
+    pub stale: Option<String>,
 }
 
 /// Checks `Stripe-Version`: a release from the range that the catalogue stands for, and no preview.
@@ -226,31 +260,30 @@ fn luhn(digits: &[u32]) -> bool {
 /// The refusals that the request alone decides: amounts, currency, identity.
 pub fn intent(
     reading: &Reading<'_>,
-    priced: Option<Priced>,
+    priced: Option<&'static Price>,
     key: &Key,
     around: Surroundings<'_>,
 ) -> Result<Intent, Refusal> {
     let params = &reading.params;
     let claim = match priced {
-        Some(priced) => claim(priced, reading)?,
+        Some(price) => claim(price, reading, key, around.exchange)?,
         None => Claim::Unpriced,
     };
     let account = reading.account.as_deref().unwrap_or_default();
-    let open_constraints = rules::keep_constraints(params, key, rules::Effect::of(priced), false)?;
+    let open_constraints = rules::keep_constraints(reading, key, rules::Effect::of(priced))?;
     let (identity, basis) = identity(reading, priced, key, around)?;
     let compared: Vec<_> =
         params.pairs().iter().filter(|(name, _)| form::base(name) != "expand").cloned().collect();
     let (fingerprint, digests) =
         call::fingerprint(around.salt, reading.operation.template, &reading.path, account, &compared);
     let metadata = params.pairs().iter().filter(|(name, _)| form::base(name) == "metadata").count();
-    let takes_stamp =
-        matches!(priced, Some(Priced::ChargeCreate | Priced::IntentCreate | Priced::RefundCreate));
+    let takes_stamp = priced.is_some_and(|price| price.stamp);
     // `metadata=` stands for no metadata at all, and cannot stand beside an entry.
     let has_room = metadata < METADATA_KEYS_MAX && params.get("metadata").is_none();
     let stamped = around.stamp && takes_stamp && has_room;
     let mut facts = facts(reading, key);
-    if facts.object_id.is_none() {
-        facts.object_id = refunded(params).map(showable);
+    if let (None, Some(Terms::Return(of))) = (&facts.object_id, priced.map(|price| &price.terms)) {
+        facts.object_id = params.first_of(of).map(|(_, object)| showable(object));
     }
     Ok(Intent {
         operation: reading.operation.template.to_owned(),
@@ -259,58 +292,138 @@ pub fn intent(
         basis,
         fingerprint,
         params: digests,
-        request: ExactRequest {
-            method: reading.operation.method.to_owned(),
-            path: reading.path.clone(),
-            params: params.pairs().to_vec(),
-            version: reading.version.clone(),
-            account: reading.account.clone(),
-            idempotency_key: None,
-        },
+        request: reading.exact_request(),
         stamp_param: stamped.then(|| STAMP_PARAM.to_owned()),
         facts,
         estate: around.estate.clone(),
         open_constraints,
+        rates: Arc::clone(&around.exchange.rates),
+        seen: None,
+        pin: priced.and_then(|price| price.pin).map(str::to_owned),
     })
 }
 
-fn claim(priced: Priced, reading: &Reading<'_>) -> Result<Claim, Refusal> {
+fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -> Result<Claim, Refusal> {
     let params = &reading.params;
-    let object = || reading.ids.first().cloned().unwrap_or_default();
-    let uses = |verb, minor| Claim::Use { object: object(), verb, minor };
-    Ok(match priced {
-        Priced::ChargeCreate | Priced::IntentCreate => {
-            let minor = required_amount(params, "amount")?;
-            let money = Money { minor, currency: currency(params)? };
-            let usd = money.to_usd().ok_or_else(|| currency_not_allowed("currency"))?;
-            Claim::Create { lane: Lane::In, money, usd }
+    let object = reading.ids.first().cloned();
+    Ok(match &price.terms {
+        Terms::Named => match named_amount(price, params)? {
+            Some((minor, name)) => {
+                let of_price = name.starts_with("price_data[");
+                let in_currency =
+                    if of_price { "price_data[currency]" } else { price.currency.unwrap_or("currency") };
+                let (currency, rate) = currency(params, in_currency, exchange)?;
+                on_step(minor, currency, price, name)?;
+                Claim::Create { lane: price.lane, money: Money { minor, currency }, rate }
+            }
+            None => ceiling(price, key, None)?,
+        },
+        Terms::Use(verb) => {
+            let minor = price.amount.map(|name| amount(params, name)).transpose()?.flatten();
+            if minor.is_none() && *verb == Verb::Increment {
+                return Err(missing(price.amount.unwrap_or("amount")));
+            }
+            // What else changes an amount (a quantity, a price) does not tell the new one.
+            if minor.is_none() && *verb == Verb::Reprice && params.get("currency").is_none() {
+                return ceiling(price, key, object);
+            }
+            Claim::Use {
+                object: object.unwrap_or_default(),
+                verb: *verb,
+                minor,
+                currency: price.currency.and_then(|name| params.get(name)).map(code).transpose()?,
+                no_more: *verb == Verb::Capture && params.get("final_capture") != Some("false"),
+                always_read: price.always_read,
+            }
         }
-        Priced::ChargeCapture => uses(Verb::Capture, amount(params, "amount")?),
-        Priced::IntentCapture => uses(Verb::Capture, amount(params, "amount_to_capture")?),
-        Priced::IntentConfirm => uses(Verb::Confirm, amount(params, "amount_to_confirm")?),
-        Priced::IntentIncrement => uses(Verb::Increment, Some(required_amount(params, "amount")?)),
-        Priced::RefundCreate => {
-            let of = refunded(params).ok_or_else(|| {
-                invalid("charge", "a refund must name exactly one of 'charge' and 'payment_intent'")
-            })?;
-            let minor = amount(params, "amount")?.ok_or_else(|| {
-                Refusal::of_param(
-                    Code::AmountUnknown,
-                    "amount",
-                    "A refund without 'amount' is a refund of all that is left, which is not known here. Name it.",
-                )
-            })?;
-            Claim::Refund { of: of.to_owned(), minor }
+        Terms::Return(of) => {
+            let minor = price.amount.map(|name| amount(params, name)).transpose()?.flatten();
+            Claim::Return { of: returned(of, reading)?, minor }
         }
+        Terms::Ceiling { .. } => ceiling(price, key, object)?,
     })
 }
 
-fn refunded(params: &Params) -> Option<&str> {
-    let named = |name| params.get(name).filter(|value| !value.is_empty());
-    match (named("charge"), named("payment_intent")) {
-        (Some(object), None) | (None, Some(object)) => Some(object),
-        (Some(_), Some(_)) | (None, None) => None,
+/// What the key says that one call may cost, for a call that does not say so itself.
+fn ceiling(price: &Price, key: &Key, object: Option<String>) -> Result<Claim, Refusal> {
+    let Some(usd) = key.caps.per_request else {
+        return Err(match price.amount {
+            Some(name) => missing(name),
+            None => Refusal::new(
+                Code::AmountUnknown,
+                "This key has no max_usd_per_request to hold for this call.",
+            ),
+        });
+    };
+    let on_its_hold = match price.terms {
+        Terms::Ceiling { on_hold } => on_hold,
+        Terms::Use(_) => true,
+        Terms::Named | Terms::Return(_) => false,
+    };
+    Ok(Claim::Ceiling { object, usd, on_its_hold })
+}
+
+/// The object whose money goes back.
+fn returned(of: &[&'static str], reading: &Reading<'_>) -> Result<String, Refusal> {
+    if of.is_empty() {
+        return Ok(reading.ids.first().cloned().unwrap_or_default());
     }
+    let given: Vec<&str> =
+        of.iter().filter_map(|name| reading.params.get(name).filter(|value| !value.is_empty())).collect();
+    if let [object] = given.as_slice() {
+        return Ok((*object).to_owned());
+    }
+    let first = of.first().copied().unwrap_or("charge");
+    Err(invalid(first, &format!("must be given alone: exactly one of '{}'", of.join("' and '"))))
+}
+
+/// Parameters with the price of one.
+const UNITS: &[&str] =
+    &["unit_amount", "unit_amount_decimal", "price_data[unit_amount]", "price_data[unit_amount_decimal]"];
+
+/// The amount that the request names, and the parameter that names it. An item of an invoice may name the price of one
+/// and a quantity instead.
+fn named_amount(price: &Price, params: &Params) -> Result<Option<(u64, &'static str)>, Refusal> {
+    let name = price.amount.unwrap_or("amount");
+    if price.answers != Answers::InvoiceItem {
+        return Ok(Some((required_amount(params, name)?, name)));
+    }
+    let unit = params.first_of(UNITS);
+    match (amount(params, name)?, unit) {
+        (Some(_), Some((unit, _))) => Err(invalid(unit, "must not be given with 'amount'")),
+        (Some(minor), None) => Ok(Some((minor, name))),
+        (None, None) => Ok(None),
+        (None, Some((unit, text))) => {
+            let quantity = amount(params, "quantity")?.unwrap_or(1);
+            let minor = times(text, quantity).ok_or_else(|| {
+                invalid(unit, "must be a number in the currency's smallest unit, with at most 12 decimals")
+            })?;
+            Ok(Some((minor, unit)))
+        }
+    }
+}
+
+/// Decimals that the price of one unit may have.
+const UNIT_DECIMALS_MAX: usize = 12;
+
+/// A decimal price of one unit times a quantity, rounded up.
+fn times(unit: &str, quantity: u64) -> Option<u64> {
+    let (whole, fraction) = unit.split_once('.').unwrap_or((unit, ""));
+    let plain = fraction.bytes().all(|byte| byte.is_ascii_digit()) && fraction.len() <= UNIT_DECIMALS_MAX;
+    let fine = if fraction.is_empty() { 0 } else { fraction.parse::<u128>().ok()? };
+    let scale = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
+    let one = u128::from(parse_amount(whole)?).checked_mul(scale)?.checked_add(fine)?;
+    let all = one.checked_mul(u128::from(quantity))?.div_ceil(scale);
+    u64::try_from(all).ok().filter(|_| plain)
+}
+
+/// Refuses an amount that is finer than Stripe takes in its currency.
+fn on_step(minor: u64, currency: Currency, price: &Price, name: &str) -> Result<(), Refusal> {
+    let step = currency.step(price.answers == Answers::Payout);
+    if minor.is_multiple_of(step) {
+        return Ok(());
+    }
+    Err(invalid(name, &format!("must be a multiple of {step} in this currency")))
 }
 
 fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
@@ -323,18 +436,28 @@ fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
 }
 
 fn required_amount(params: &Params, name: &str) -> Result<u64, Refusal> {
-    amount(params, name)?.ok_or_else(|| invalid(name, "is missing, so the cost of this call is not known"))
+    amount(params, name)?.ok_or_else(|| missing(name))
 }
 
-fn currency(params: &Params) -> Result<Currency, Refusal> {
-    let text = params.get("currency").ok_or_else(|| invalid("currency", "is missing"))?;
-    let currency =
-        Currency::parse(text).ok_or_else(|| invalid("currency", "must be a three-letter ISO code"))?;
-    if currency == Currency::USD { Ok(currency) } else { Err(currency_not_allowed("currency")) }
+fn missing(name: &str) -> Refusal {
+    invalid(name, "is missing, so the cost of this call is not known")
 }
 
-fn currency_not_allowed(param: &str) -> Refusal {
-    Refusal::of_param(Code::CurrencyNotAllowed, param, "Only amounts in USD can be counted against a cap.")
+fn currency(params: &Params, name: &str, exchange: &Exchange) -> Result<(Currency, Rate), Refusal> {
+    let currency = code(params.get(name).ok_or_else(|| invalid(name, "is missing"))?)?;
+    exchange.rates.of(currency).map(|rate| (currency, rate)).ok_or_else(|| {
+        let why = match &exchange.stale {
+            Some(as_of) => format!("The rates of other currencies than USD are too old (as of {as_of})."),
+            None => "Only amounts in USD, and in currencies with a rate in KEYBRAKE_FX_FILE, can be counted against \
+                     a cap."
+                .to_owned(),
+        };
+        Refusal::of_param(Code::CurrencyNotAllowed, name, why)
+    })
+}
+
+fn code(text: &str) -> Result<Currency, Refusal> {
+    Currency::parse(text).ok_or_else(|| invalid("currency", "must be a three-letter ISO code"))
 }
 
 fn invalid(param: &str, why: &str) -> Refusal {
@@ -343,7 +466,7 @@ fn invalid(param: &str, why: &str) -> Refusal {
 
 fn identity(
     reading: &Reading<'_>,
-    priced: Option<Priced>,
+    priced: Option<&Price>,
     key: &Key,
     around: Surroundings<'_>,
 ) -> Result<(crate::id::Identity, KeyBasis), Refusal> {
@@ -381,30 +504,20 @@ fn identity(
 /// The payer or object of an operation; nothing more where the object is in the path.
 fn default_identity<'a>(
     reading: &'a Reading<'_>,
-    priced: Option<Priced>,
+    priced: Option<&Price>,
 ) -> Result<Option<(&'static str, &'a str)>, Refusal> {
     if !reading.ids.is_empty() {
         return Ok(None);
     }
-    let candidates: &[&'static str] = match priced {
-        Some(Priced::RefundCreate) => &["charge", "payment_intent"],
-        Some(Priced::ChargeCreate | Priced::IntentCreate) => &["customer", "payment_method", "source"],
-        Some(
-            Priced::ChargeCapture | Priced::IntentConfirm | Priced::IntentCapture | Priced::IntentIncrement,
-        )
-        | None => &["customer"],
+    let candidates: &[&'static str] = match priced.map(|price| (&price.terms, price.payer.as_slice())) {
+        Some((Terms::Return(of), _)) => of,
+        Some((Terms::Named | Terms::Use(_) | Terms::Ceiling { .. }, payer)) if !payer.is_empty() => payer,
+        Some(_) | None => &["customer"],
     };
-    candidates
-        .iter()
-        .find_map(|name| Some((*name, reading.params.get(name).filter(|value| !value.is_empty())?)))
-        .map(Some)
-        .ok_or_else(|| {
-            let first = candidates.first().copied().unwrap_or("customer");
-            invalid(
-                first,
-                "tells one call from another in content mode, so it must be given and not be empty",
-            )
-        })
+    reading.params.first_of(candidates).map(Some).ok_or_else(|| {
+        let first = candidates.first().copied().unwrap_or("customer");
+        invalid(first, "tells one call from another in content mode, so it must be given and not be empty")
+    })
 }
 
 #[cfg(test)]

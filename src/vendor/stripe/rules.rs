@@ -1,65 +1,43 @@
 //! What a key's grant means for an operation, and which parameters no grant opens.
 
-use crate::key::{Constraint, Key};
+use crate::key::{Caps, Constraint, Key};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::STAMP_PARAM;
 use crate::vendor::stripe::catalogue::{Class, Operation};
 use crate::vendor::stripe::form::{self, Params};
-
-/// An operation whose cost is known before it is sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Priced {
-    /// `POST /v1/charges`.
-    ChargeCreate,
-    /// `POST /v1/charges/{charge}/capture`.
-    ChargeCapture,
-    /// `POST /v1/payment_intents`.
-    IntentCreate,
-    /// `POST /v1/payment_intents/{intent}/confirm`.
-    IntentConfirm,
-    /// `POST /v1/payment_intents/{intent}/capture`.
-    IntentCapture,
-    /// `POST /v1/payment_intents/{intent}/increment_authorization`.
-    IntentIncrement,
-    /// `POST /v1/refunds`.
-    RefundCreate,
-}
+use crate::vendor::stripe::pricing::{Answers, Price, Terms};
+use crate::vendor::stripe::request::Reading;
 
 /// What a call would do to money.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing.
     Free,
-    /// It ends a payment intent.
-    Cancel,
+    /// It may end an object whose money is held.
+    Ends(Answers),
     /// Money moves, and it is known how much at most.
-    Priced(Priced),
+    Priced(&'static Price),
     /// Money may move, and nobody knows how much.
     Unpriced,
 }
 
 impl Effect {
     /// The effect of a money call.
-    pub const fn of(priced: Option<Priced>) -> Self {
+    pub const fn of(priced: Option<&'static Price>) -> Self {
         match priced {
-            Some(priced) => Self::Priced(priced),
+            Some(price) => Self::Priced(price),
             None => Self::Unpriced,
         }
     }
-}
 
-/// The pricing of an operation, where it has one.
-pub fn priced(template: &str) -> Option<Priced> {
-    Some(match template {
-        "POST /v1/charges" => Priced::ChargeCreate,
-        "POST /v1/charges/{charge}/capture" => Priced::ChargeCapture,
-        "POST /v1/payment_intents" => Priced::IntentCreate,
-        "POST /v1/payment_intents/{intent}/confirm" => Priced::IntentConfirm,
-        "POST /v1/payment_intents/{intent}/capture" => Priced::IntentCapture,
-        "POST /v1/payment_intents/{intent}/increment_authorization" => Priced::IntentIncrement,
-        "POST /v1/refunds" => Priced::RefundCreate,
-        _ => return None,
-    })
+    /// The same for one call of the operation: some move money only with certain parameters.
+    #[must_use]
+    pub fn of_call(self, params: &Params) -> Self {
+        match self {
+            Self::Priced(price) if !price.only.is_empty() && !params.names_any(&price.only) => Self::Free,
+            Self::Priced(_) | Self::Free | Self::Ends(_) | Self::Unpriced => self,
+        }
+    }
 }
 
 /// What the operation would do under a key with these limits, or why no call of it could ever be admitted.
@@ -68,42 +46,46 @@ pub fn priced(template: &str) -> Option<Priced> {
 ///
 /// # Errors
 /// `amount_unknown` or `endpoint_not_allowed`.
-pub fn effect(operation: &Operation, uncapped: bool, wildcard: bool) -> Result<Effect, Refusal> {
-    if let Some(priced) = priced(operation.template) {
-        return Ok(Effect::Priced(priced));
-    }
+pub fn effect(operation: &'static Operation, caps: &Caps, wildcard: bool) -> Result<Effect, Refusal> {
+    let name = operation.template;
     if operation.class == Class::Read {
         return Ok(Effect::Free);
     }
-    if operation.template == "POST /v1/payment_intents/{intent}/cancel" {
-        return Ok(Effect::Cancel);
-    }
-    let name = operation.template;
     if name.contains(" /v2/") {
         return Err(Refusal::new(
             Code::EndpointNotAllowed,
             format!("{name}: writes under /v2 are not supported."),
         ));
     }
-    let moves_money = match operation.class {
-        Class::AmountInRequest | Class::AmountOfObject | Class::AmountAfterwards | Class::MoneyOut => true,
-        Class::Read | Class::NoMoney => false,
-    };
-    match (moves_money, uncapped && !wildcard) {
-        (true, true) => Ok(Effect::Unpriced),
-        (false, true) => Ok(Effect::Free),
-        (true, false) => Err(Refusal::new(
-            Code::AmountUnknown,
-            format!(
-                "{name} moves money and its amount cannot be known before it is sent: only an uncapped key that \
-                     names it exactly may call it."
-            ),
-        )),
-        (false, false) => Err(Refusal::new(
-            Code::EndpointNotAllowed,
-            format!("{name} is not priced: only an uncapped key that names it exactly may call it."),
-        )),
+    if operation.moves_money() {
+        return effect_on_money(operation, caps, wildcard);
     }
+    if wildcard && let Some(danger) = operation.danger {
+        return Err(Refusal::new(
+            Code::EndpointNotAllowed,
+            format!("{name} is dangerous ({danger}): a key must name it exactly, with {{id}} instead of *."),
+        ));
+    }
+    Ok(operation.ends.map_or(Effect::Free, Effect::Ends))
+}
+
+fn effect_on_money(operation: &'static Operation, caps: &Caps, wildcard: bool) -> Result<Effect, Refusal> {
+    let name = operation.template;
+    let has_ceiling = caps.per_request.is_some();
+    let how = match &operation.price {
+        Some(Price { terms: Terms::Ceiling { .. }, only, .. }) if !has_ceiling && only.is_empty() => {
+            "only a key with max_usd_per_request may call it, which is then held for each call"
+        }
+        Some(price) => return Ok(Effect::Priced(price)),
+        None => "only an uncapped key that names it exactly may call it",
+    };
+    if caps.is_uncapped() && !wildcard {
+        return Ok(Effect::Unpriced);
+    }
+    Err(Refusal::new(
+        Code::AmountUnknown,
+        format!("{name} moves money and its amount cannot be known before it is sent: {how}."),
+    ))
 }
 
 /// Parameters in which a credential or another method could hide.
@@ -129,7 +111,10 @@ const REDIRECTING_PARAMS: &[&str] = &[
     "reverse_transfer",
     "refund_application_fee",
     "origin",
+    "issuer",
 ];
+/// Parameters that give away what a customer owes.
+const WAIVING_PARAMS: &[&str] = &["paid_out_of_band", "forgive", "balance"];
 /// Words of a name that carry card or bank account numbers.
 const NUMBER_WORDS: &[&str] = &[
     "number",
@@ -146,6 +131,8 @@ const NUMBER_WORDS: &[&str] = &[
 /// Words of a name whose value `if_available` would let more be taken than was authorised.
 const OVERTAKING_WORDS: &[&str] =
     &["request_overcapture", "request_multicapture", "request_incremental_authorization"];
+/// Words of a name that put something on top of the amount.
+const SURCHARGING_WORDS: &[&str] = &["surcharge"];
 
 /// Refuses parameters that hide a credential, send money elsewhere, carry card data or take the stamp's place.
 ///
@@ -154,21 +141,33 @@ const OVERTAKING_WORDS: &[&str] =
 pub fn refuse_parameters(params: &Params, key: &Key) -> Result<(), Refusal> {
     let uncapped = key.is_uncapped();
     for (name, value) in params.pairs() {
-        let base = form::base(name);
         let not_allowed =
             |why: &str| Err(Refusal::of_param(Code::ParameterNotAllowed, name, format!("'{name}' {why}.")));
-        if REDIRECTING_PARAMS.contains(&base) && key.constraint_on(name).is_none() {
+        // Metadata may be named as its owner likes, wherever it stands.
+        let has = |words: &[&str]| {
+            form::words(name).take_while(|word| *word != "metadata").any(|word| words.contains(&word))
+        };
+        let constrained = key.constraint_on(name).is_some();
+        if has(REDIRECTING_PARAMS) && !constrained {
             return not_allowed(
                 "sends money elsewhere, and the key does not say where it may go (constraints)",
             );
         }
-        if form::words(name).any(|word| NUMBER_WORDS.contains(&word)) && base != "metadata" {
+        if WAIVING_PARAMS.contains(&form::base(name)) && !constrained {
+            return not_allowed(
+                "gives away what a customer owes, and the key does not allow it (constraints)",
+            );
+        }
+        if has(NUMBER_WORDS) {
             return not_allowed(
                 "would carry a card or bank account number through this proxy; use a payment method",
             );
         }
-        if form::words(name).any(|word| OVERTAKING_WORDS.contains(&word)) && value != "never" && !uncapped {
+        if has(OVERTAKING_WORDS) && value != "never" && !uncapped {
             return not_allowed("would let more be taken than is held; only `never` is allowed under a cap");
+        }
+        if has(SURCHARGING_WORDS) && !uncapped {
+            return not_allowed("puts money on top of the amount that is held");
         }
         if name == STAMP_PARAM {
             return Err(Refusal::of_param(
@@ -204,32 +203,28 @@ pub fn refuse_credentials(params: &Params) -> Result<(), Refusal> {
 /// # Errors
 /// `parameter_not_allowed`, also for a constrained parameter that is absent.
 pub fn keep_constraints(
-    params: &Params,
+    reading: &Reading<'_>,
     key: &Key,
     effect: Effect,
-    is_read: bool,
 ) -> Result<Vec<Constraint>, Refusal> {
+    let params = &reading.params;
+    let is_read = reading.operation.class == Class::Read;
+    let has_object = has_object(effect);
     let mut open = Vec::new();
     for constraint in &key.constraints {
-        let refuse = |why: &str| {
-            Err(Refusal::of_param(
-                Code::ParameterNotAllowed,
-                constraint.param.as_str(),
-                format!("'{}' {why}.", constraint.param),
-            ))
-        };
-        match (params.get(&constraint.param), effect) {
-            (Some(value), Effect::Priced(priced)) if constraint.rule.admits(value) => {
-                // What a later call says of the payer does not make the object his.
-                if priced.has_object() && ["customer", "currency"].contains(&constraint.param.as_str()) {
-                    open.push(constraint.clone());
-                }
-            }
-            (Some(value), Effect::Cancel) if constraint.rule.admits(value) => open.push(constraint.clone()),
-            (Some(value), Effect::Free | Effect::Unpriced) if constraint.rule.admits(value) => {}
-            (Some(_), _) => return refuse("is outside of what this key allows"),
-            (None, Effect::Priced(priced)) if priced.has_object() && object_tells(&constraint.param) => {
-                let other = AMOUNTS.contains(&constraint.param.as_str())
+        let param = constraint.param.as_str();
+        let refuse =
+            |why: &str| Err(Refusal::of_param(Code::ParameterNotAllowed, param, format!("'{param}' {why}.")));
+        let given: Vec<&str> = params.get(param).into_iter().chain(reading.slot(param)).collect();
+        if !given.iter().all(|value| constraint.rule.admits(value)) {
+            return refuse("is outside of what this key allows");
+        }
+        match given.is_empty() {
+            // What a later call says of the payer does not make the object his.
+            false if has_object && ["customer", "currency"].contains(&param) => open.push(constraint.clone()),
+            false => {}
+            true if has_object && object_tells(param) => {
+                let other = AMOUNTS.contains(&param)
                     && AMOUNTS
                         .iter()
                         .filter_map(|name| params.get(name))
@@ -239,27 +234,23 @@ pub fn keep_constraints(
                 }
                 open.push(constraint.clone());
             }
-            (None, Effect::Cancel) if object_tells(&constraint.param) => open.push(constraint.clone()),
-            (None, Effect::Free) if is_read => {}
-            (None, Effect::Free | Effect::Cancel | Effect::Priced(_) | Effect::Unpriced) => {
-                return refuse("is constrained by this key, so it must be given");
-            }
+            true if is_read => {}
+            true => return refuse("is constrained by this key, so it must be given"),
         }
     }
     Ok(open)
 }
 
-impl Priced {
-    /// Whether the call is about an object that the ledger knows.
-    const fn has_object(self) -> bool {
-        match self {
-            Self::ChargeCreate | Self::IntentCreate => false,
-            Self::ChargeCapture
-            | Self::IntentConfirm
-            | Self::IntentCapture
-            | Self::IntentIncrement
-            | Self::RefundCreate => true,
-        }
+/// Whether a call is about an object that can be read, or that the ledger may know.
+fn has_object(effect: Effect) -> bool {
+    match effect {
+        Effect::Ends(_) => true,
+        Effect::Priced(price) => match price.terms {
+            Terms::Named => false,
+            Terms::Use(_) | Terms::Return(_) => true,
+            Terms::Ceiling { .. } => !price.reads.is_empty(),
+        },
+        Effect::Free | Effect::Unpriced => false,
     }
 }
 
@@ -333,7 +324,7 @@ mod tests {
             label: String::new(),
             vendor: String::new(),
             grants: Vec::new(),
-            caps: crate::key::Caps { uncapped, ..crate::key::Caps::default() },
+            caps: Caps { uncapped, ..Caps::default() },
             idempotency: crate::key::Idempotency::Client,
             remember_days: 40,
             client_secrets: false,
@@ -361,24 +352,89 @@ mod tests {
         }
     }
 
+    /// What an operation is under: a cap by exact name, a cap by `*`, a cap with a ceiling by `*`, no cap by exact name,
+    /// no cap by `*`.
+    fn effects(template: &str) -> [Result<&'static str, Code>; 5] {
+        let operation = operation(template);
+        let capped = Caps { daily: Some(crate::money::MicroUsd::from_micros(1)), ..Caps::default() };
+        let ceiling = Caps { per_request: capped.daily, ..capped.clone() };
+        let uncapped = Caps { uncapped: true, ..Caps::default() };
+        [(&capped, false), (&capped, true), (&ceiling, true), (&uncapped, false), (&uncapped, true)].map(
+            |(caps, wildcard)| match effect(operation, caps, wildcard) {
+                Ok(Effect::Free) => Ok("free"),
+                Ok(Effect::Ends(_)) => Ok("ends"),
+                Ok(Effect::Priced(_)) => Ok("priced"),
+                Ok(Effect::Unpriced) => Ok("unpriced"),
+                Err(refusal) => Err(refusal.code),
+            },
+        )
+    }
+
     #[test]
-    fn what_is_not_priced_is_refused_under_a_cap() {
-        let codes = |template: &str| {
-            let operation = operation(template);
-            [(false, false), (true, false), (true, true)].map(|(uncapped, wildcard)| {
-                effect(operation, uncapped, wildcard).map_err(|refusal| refusal.code)
-            })
-        };
+    fn a_class_says_what_a_key_needs() {
         let amount = Err(Code::AmountUnknown);
         let endpoint = Err(Code::EndpointNotAllowed);
-        assert_eq!(codes("POST /v1/subscriptions"), [amount, Ok(Effect::Unpriced), amount]);
-        assert_eq!(codes("POST /v1/payouts"), [amount, Ok(Effect::Unpriced), amount]);
-        assert_eq!(codes("POST /v1/customers"), [endpoint, Ok(Effect::Free), endpoint]);
-        assert_eq!(codes("DELETE /v1/customers/{customer}"), [endpoint, Ok(Effect::Free), endpoint]);
-        assert_eq!(codes("POST /v2/money_management/outbound_payments"), [endpoint, endpoint, endpoint]);
-        assert_eq!(codes("GET /v1/charges"), [Ok(Effect::Free), Ok(Effect::Free), Ok(Effect::Free)]);
-        assert_eq!(codes("POST /v1/payment_intents/{intent}/cancel"), [Ok(Effect::Cancel); 3]);
-        assert_eq!(codes("POST /v1/charges"), [Ok(Effect::Priced(Priced::ChargeCreate)); 3]);
+        for (template, expected) in [
+            // a, b and money out of the families of billing: priced by what they say or what is read.
+            ("POST /v1/charges", [Ok("priced"); 5]),
+            ("POST /v1/payment_intents/{intent}/confirm", [Ok("priced"); 5]),
+            ("POST /v1/invoices/{invoice}/pay", [Ok("priced"); 5]),
+            ("POST /v1/invoiceitems", [Ok("priced"); 5]),
+            ("POST /v1/refunds", [Ok("priced"); 5]),
+            ("POST /v1/charges/{charge}/refund", [Ok("priced"); 5]),
+            ("POST /v1/payouts", [Ok("priced"); 5]),
+            ("POST /v1/transfers", [Ok("priced"); 5]),
+            // c: the key says how much one call may be.
+            ("POST /v1/subscriptions", [amount, amount, Ok("priced"), Ok("unpriced"), amount]),
+            ("POST /v1/checkout/sessions", [amount, amount, Ok("priced"), Ok("unpriced"), amount]),
+            ("POST /v1/invoices", [amount, amount, Ok("priced"), Ok("unpriced"), amount]),
+            // A plain cancel moves nothing; with `invoice_now` it is judged call by call.
+            ("DELETE /v1/subscriptions/{subscription_exposed_id}", [Ok("priced"); 5]),
+            // Other money operations are known and refused.
+            ("POST /v1/climate/orders", [amount, amount, amount, Ok("unpriced"), amount]),
+            ("POST /v1/topups", [amount, amount, amount, Ok("unpriced"), amount]),
+            ("POST /v1/payment_links", [amount, amount, amount, Ok("unpriced"), amount]),
+            ("POST /v1/disputes/{dispute}/close", [amount, amount, amount, Ok("unpriced"), amount]),
+            // e: free, and a dangerous one only by its exact name.
+            ("POST /v1/charges/{charge}", [Ok("free"); 5]),
+            ("POST /v1/invoices/create_preview", [Ok("free"); 5]),
+            ("POST /v1/customers", [Ok("free"), endpoint, endpoint, Ok("free"), endpoint]),
+            (
+                "POST /v1/payment_methods/{payment_method}/attach",
+                [Ok("free"), endpoint, endpoint, Ok("free"), endpoint],
+            ),
+            ("POST /v1/webhook_endpoints", [Ok("free"), endpoint, endpoint, Ok("free"), endpoint]),
+            ("POST /v1/payment_intents/{intent}/cancel", [Ok("ends"); 5]),
+            ("POST /v1/checkout/sessions/{session}/expire", [Ok("ends"); 5]),
+            ("POST /v1/invoices/{invoice}/void", [Ok("ends"), endpoint, endpoint, Ok("ends"), endpoint]),
+            // Nothing is written under /v2.
+            ("POST /v2/money_management/outbound_payments", [endpoint; 5]),
+            ("POST /v2/core/accounts", [endpoint; 5]),
+            ("GET /v1/charges", [Ok("free"); 5]),
+            ("GET /v2/core/events", [Ok("free"); 5]),
+        ] {
+            assert_eq!(effects(template), expected, "{template}");
+        }
+    }
+
+    #[test]
+    fn some_calls_move_money_only_with_certain_parameters() {
+        let of = |template: &str, text: &str| {
+            let caps = Caps::default();
+            let effect = effect(operation(template), &caps, false).unwrap();
+            effect.of_call(&Params::parse(text.as_bytes()).unwrap()) == Effect::Free
+        };
+        let update = "POST /v1/payment_intents/{intent}";
+        assert!(of(update, "metadata[a]=1&description=x&payment_method=pm_1"));
+        assert!(!of(update, "amount=5"));
+        assert!(!of(update, "currency=eur"));
+        let cancel = "DELETE /v1/subscriptions/{subscription_exposed_id}";
+        assert!(of(cancel, ""));
+        assert!(!of(cancel, "invoice_now=true"));
+        let item = "POST /v1/invoiceitems/{invoiceitem}";
+        assert!(of(item, "description=x"));
+        assert!(!of(item, "price_data[unit_amount]=5"));
+        assert!(!of("POST /v1/charges", ""));
     }
 
     #[test]
@@ -400,6 +456,17 @@ mod tests {
             ("_method=DELETE", Code::RequestAmbiguous),
             ("key=sk_live_1", Code::RequestAmbiguous),
             ("metadata[keybrake_call]=x", Code::ParameterInvalid),
+            // Nested as well.
+            ("payment_intent_data[transfer_data][destination]=acct_1", Code::ParameterNotAllowed),
+            ("subscription_data[application_fee_percent]=5", Code::ParameterNotAllowed),
+            ("phases[0][transfer_data][destination]=acct_1", Code::ParameterNotAllowed),
+            ("invoice_settings[issuer][account]=acct_1", Code::ParameterNotAllowed),
+            ("items[0][price_data][on_behalf_of]=acct_1", Code::ParameterNotAllowed),
+            ("amount_details[surcharge][amount]=5", Code::ParameterNotAllowed),
+            // What is owed is given away.
+            ("paid_out_of_band=true", Code::ParameterNotAllowed),
+            ("forgive=true", Code::ParameterNotAllowed),
+            ("balance=-5000", Code::ParameterNotAllowed),
         ] {
             let refused = check(text, false).unwrap_err();
             assert_eq!(refused.0, code, "{text}");
@@ -408,5 +475,6 @@ mod tests {
         assert!(check("payment_method_options[card][request_overcapture]=never", false).is_ok());
         assert!(check("payment_method_options[card][request_overcapture]=if_available", true).is_ok());
         assert!(check("metadata[number]=7&amount=5&customer=cus_1&source=tok_visa", false).is_ok());
+        assert!(check("subscription_data[metadata][destination]=paris", false).is_ok());
     }
 }

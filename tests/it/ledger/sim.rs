@@ -9,9 +9,10 @@ use std::sync::Arc;
 use keybrake::call::{Outcome, Reading, Record, conclude};
 use keybrake::hold::{ExactRequest, Facts, Hold, HoldState, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
+use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Status};
 use keybrake::ledger::{Admitted, Held, Ledger};
-use keybrake::money::{Currency, MicroUsd, Money};
+use keybrake::money::{Currency, MicroUsd, Money, Rate};
 use keybrake::refusal::Code;
 use keybrake::time::{DAY_MS, Day, HOUR_MS, UnixMs};
 
@@ -109,6 +110,19 @@ impl Dice {
 struct Object {
     minor: u64,
     state: State,
+}
+
+impl Object {
+    /// What a read of it tells.
+    fn record(&self) -> Seen {
+        Seen {
+            ceiling: Some(Money { minor: self.minor, currency: Currency::USD }),
+            currency: Some(Currency::USD),
+            moved: if self.state == State::Moved { self.minor } else { 0 },
+            customer: None,
+            retried: false,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -371,9 +385,16 @@ impl History {
             80..84 => self.recover().await,
             84..88 => self.restart(),
             88..96 => self.pass(),
-            96..98 => self.world.ledger().tick().await.unwrap(),
+            96 => self.world.ledger().tick().await.unwrap(),
+            97 => self.elsewhere(),
             _ => self.turn_the_clock().await,
         }
+    }
+
+    /// Somebody makes an intent without the sidecar.
+    fn elsewhere(&mut self) {
+        let id = format!("pi_{}", self.stripe.objects.len());
+        self.stripe.objects.insert(id, Object { minor: 300, state: State::Unconfirmed });
     }
 
     async fn ask(&mut self) {
@@ -385,6 +406,11 @@ impl History {
         }
         let (key, ask) = (self.keys[n], self.any_ask());
         self.trail.push(format!("k{n} {ask:?}"));
+        if let Some((id, object)) =
+            ask.object.as_ref().and_then(|id| Some((id, self.stripe.objects.get(id)?)))
+        {
+            self.world.tells(id, object.record());
+        }
         match self.world.admit(key, &ask).await.unwrap() {
             Admitted::Held(held) => self.take_off(held, n == 3, &ask),
             Admitted::Replay { call_id, answer } => {
@@ -402,6 +428,7 @@ impl History {
                 ];
                 assert!(expected.contains(&refusal.code), "{refusal:?}");
             }
+            Admitted::Look => panic!("every object has a record"),
         }
     }
 
@@ -590,7 +617,7 @@ impl History {
             for (lane, cap) in [(Lane::In, row.caps.daily), (Lane::Out, row.caps.daily_out)] {
                 let total = self.world.total(key, lane).counted();
                 let minor = self.executed.get(&(key, lane)).copied().unwrap_or(0);
-                let executed = Money { minor, currency: Currency::USD }.to_usd().unwrap();
+                let executed = Rate::USD.usd(minor).unwrap();
                 assert!(executed <= total, "executed {executed} of counted {total}\n{}", self.told());
                 let window =
                     if row.lives_a_day_or_less() { Day::TOTAL } else { self.world.ledger().now().day() };

@@ -5,6 +5,8 @@
 //! | `key K [setting=value…]` | nothing |
 //! | `K charge\|intent NAME AMOUNT [param=value…]` | `send UPSTREAM-KEY [again]`, `replay`, `refuse CODE [cap, param or retry]` |
 //! | `K confirm\|capture\|increment\|refund NAME OBJECT [AMOUNT]`, `K unpriced NAME` | the same |
+//! | `K ceiling NAME [OBJECT]` | the same: 50.00 for one call |
+//! | `record OBJECT AMOUNT [moved=AMOUNT] [customer=ID] [retried]` | nothing: what a read tells; without it: `look` |
 //! | `answer NAME READING [AMOUNT] [OBJECT…] [replayed]` | state of the hold and what it holds |
 //! | `observe OBJECT ended\|moved [AMOUNT]` | the same |
 //! | `sum K [today\|out]` | what is counted, zeros left out |
@@ -20,10 +22,12 @@ use std::collections::HashMap;
 use keybrake::call::{Call, Outcome, Reading, Record, conclude};
 use keybrake::hold::{Facts, Hold, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
+use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Key};
 use keybrake::ledger::counter::Counter;
 use keybrake::ledger::query::CallFilter;
 use keybrake::ledger::{Admitted, Held, LedgerError};
+use keybrake::money::{Currency, Money};
 use keybrake::refusal::{Code, Refusal};
 use keybrake::time::{DAY_MS, HOUR_MS};
 
@@ -71,6 +75,7 @@ impl Run {
                 self.keys.insert((*name).to_owned(), key);
             }
             ["answer", name, rest @ ..] => return self.answer(world, name, rest).await,
+            ["record", object, rest @ ..] => world.tells(object, seen(rest)),
             ["observe", object, rest @ ..] => return self.observe(world, object, rest).await,
             ["sum", name, rest @ ..] => return self.sum(world, name, rest),
             ["call", name] => return self.call(world, name),
@@ -110,6 +115,7 @@ impl Run {
                 "replay".to_owned()
             }
             Ok(Admitted::Refused(refusal)) => refused(&refusal),
+            Ok(Admitted::Look) => "look".to_owned(),
             Err(error) => failed(&error),
         }
     }
@@ -229,6 +235,7 @@ fn ask(deed: &str, name: &str, rest: &[&str]) -> Ask {
         "capture" => Deed::Capture,
         "increment" => Deed::Increment,
         "refund" => Deed::Refund,
+        "ceiling" => Deed::Ceiling,
         "unpriced" => Deed::Unpriced,
         other => panic!("{other}"),
     };
@@ -242,6 +249,18 @@ fn ask(deed: &str, name: &str, rest: &[&str]) -> Ask {
             .map(|word| (*word).to_owned()),
         minor: rest.iter().find_map(|word| word.parse().ok()),
         params: rest.iter().filter_map(pair).collect(),
+    }
+}
+
+fn seen(rest: &[&str]) -> Seen {
+    let value = |name: &str| rest.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let minor = rest[0].parse().unwrap();
+    Seen {
+        ceiling: Some(Money { minor, currency: Currency::USD }),
+        currency: Some(Currency::USD),
+        moved: value("moved").map_or(0, |text| text.parse().unwrap()),
+        customer: value("customer").map(str::to_owned),
+        retried: rest.contains(&"retried"),
     }
 }
 

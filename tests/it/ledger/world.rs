@@ -12,7 +12,7 @@ use keybrake::call::{
 };
 use keybrake::hold::{ExactRequest, Facts, Hold, Lane, Subject};
 use keybrake::id::{BootId, CallId, HoldId, KeyId, LedgerId};
-use keybrake::intent::{Claim, Intent, Verb};
+use keybrake::intent::{Claim, Intent, Seen, Verb};
 use keybrake::key::{Caps, Idempotency, Key};
 use keybrake::ledger::counter::Counter;
 use keybrake::ledger::query::AuditFilter;
@@ -20,7 +20,7 @@ use keybrake::ledger::redb::RedbStore;
 use keybrake::ledger::rules::Admit;
 use keybrake::ledger::rules::resolve::Resolve;
 use keybrake::ledger::{Actor, Admitted, Held, Ledger, LedgerError, Opening};
-use keybrake::money::{Currency, MicroUsd, Money};
+use keybrake::money::{Currency, MicroUsd, Money, Rate};
 use keybrake::secret::Mode;
 use keybrake::time::{Clock, DAY_MS, Day, HOUR_MS, UnixMs};
 use serde_json::{Map, Value};
@@ -41,6 +41,8 @@ pub(super) struct World {
     hand: Arc<AtomicU64>,
     made: Cell<u64>,
     modes: RefCell<HashMap<KeyId, Idempotency>>,
+    /// What the vendor's records say of objects that are read first.
+    records: RefCell<HashMap<String, Seen>>,
 }
 
 /// What a request does.
@@ -52,6 +54,7 @@ pub(super) enum Deed {
     Capture,
     Increment,
     Refund,
+    Ceiling,
     Unpriced,
 }
 
@@ -80,7 +83,8 @@ impl Ask {
             Deed::Capture => "POST /v1/payment_intents/{intent}/capture",
             Deed::Increment => "POST /v1/payment_intents/{intent}/increment_authorization",
             Deed::Refund => "POST /v1/refunds",
-            Deed::Unpriced => "POST /v1/payouts",
+            Deed::Ceiling => "POST /v1/invoices/{invoice}",
+            Deed::Unpriced => "POST /v1/topups",
         }
     }
 
@@ -88,15 +92,23 @@ impl Ask {
         let minor = self.minor.unwrap_or(0);
         let money = Money { minor, currency: Currency::USD };
         let object = || self.object.clone().unwrap();
-        let uses = |verb| Claim::Use { object: object(), verb, minor: self.minor };
+        let uses = |verb| Claim::Use {
+            object: object(),
+            verb,
+            minor: self.minor,
+            currency: None,
+            no_more: verb == Verb::Capture,
+            always_read: false,
+        };
         match self.deed {
-            Deed::Charge | Deed::Intent => {
-                Claim::Create { lane: Lane::In, money, usd: money.to_usd().unwrap() }
-            }
+            Deed::Charge | Deed::Intent => Claim::Create { lane: Lane::In, money, rate: Rate::USD },
             Deed::Confirm => uses(Verb::Confirm),
             Deed::Capture => uses(Verb::Capture),
             Deed::Increment => uses(Verb::Increment),
-            Deed::Refund => Claim::Refund { of: object(), minor },
+            Deed::Refund => Claim::Return { of: object(), minor: self.minor },
+            Deed::Ceiling => {
+                Claim::Ceiling { object: self.object.clone(), usd: usd("50.00"), on_its_hold: true }
+            }
             Deed::Unpriced => Claim::Unpriced,
         }
     }
@@ -104,14 +116,15 @@ impl Ask {
     /// Where its objects are named in the path rather than in the parameters.
     fn is_on_path(&self) -> bool {
         match self.deed {
-            Deed::Confirm | Deed::Capture | Deed::Increment => true,
+            Deed::Confirm | Deed::Capture | Deed::Increment | Deed::Ceiling => true,
             Deed::Charge | Deed::Intent | Deed::Refund | Deed::Unpriced => false,
         }
     }
 
     fn request(&self) -> ExactRequest {
         let (method, template) = self.template().split_once(' ').unwrap();
-        let path = template.replace("{intent}", self.object.as_deref().unwrap_or_default());
+        let object = self.object.as_deref().unwrap_or_default();
+        let path = template.replace("{intent}", object).replace("{invoice}", object);
         let mut params = self.params.clone();
         params.extend(self.minor.map(|minor| ("amount".to_owned(), minor.to_string())));
         if !self.is_on_path() {
@@ -144,7 +157,7 @@ impl World {
     pub(super) fn new(place: Place) -> Self {
         let (clock, hand) = Clock::manual(START);
         let (made, modes) = (Cell::new(0), RefCell::default());
-        let mut world = Self { place, ledger: None, clock, hand, made, modes };
+        let mut world = Self { place, ledger: None, clock, hand, made, modes, records: RefCell::default() };
         world.restart();
         world
     }
@@ -158,6 +171,7 @@ impl World {
             hand: Arc::clone(&self.hand),
             made: Cell::new(self.made.get() + 1_000_000),
             modes: self.modes.clone(),
+            records: self.records.clone(),
         };
         world.restart();
         world
@@ -288,6 +302,9 @@ impl World {
             facts,
             estate: estate(),
             open_constraints: Vec::new(),
+            rates: Arc::default(),
+            seen: None,
+            pin: Some("amount".to_owned()),
         }
     }
 
@@ -313,14 +330,28 @@ impl World {
 
     /// Asks for a money call.
     pub(super) async fn admit(&self, key: KeyId, ask: &Ask) -> Result<Admitted, LedgerError> {
-        self.ledger().admit(key, self.command(key, ask)).await
+        let mut command = self.command(key, ask);
+        let admitted = self.ledger().admit(key, command.clone()).await?;
+        let seen = ask.object.as_ref().and_then(|object| self.records.borrow().get(object).cloned());
+        if !matches!(admitted, Admitted::Look) || seen.is_none() {
+            return Ok(admitted);
+        }
+        command.intent.seen = seen;
+        self.ledger().admit(key, command).await
+    }
+
+    /// What a read of an object tells from now on.
+    pub(super) fn tells(&self, object: &str, seen: Seen) {
+        self.records.borrow_mut().insert(object.to_owned(), seen);
     }
 
     /// Asks for a money call that must be let through.
     pub(super) async fn held(&self, key: KeyId, ask: &Ask) -> Held {
         match self.admit(key, ask).await.unwrap() {
             Admitted::Held(held) => held,
-            other @ (Admitted::Replay { .. } | Admitted::Refused(_)) => panic!("{ask:?}: {other:?}"),
+            other @ (Admitted::Replay { .. } | Admitted::Refused(_) | Admitted::Look) => {
+                panic!("{ask:?}: {other:?}")
+            }
         }
     }
 
