@@ -104,6 +104,18 @@ impl Rate {
     }
 }
 
+impl fmt::Display for Rate {
+    /// Decimal micro-dollars.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = self.0.checked_div(PICO_PER_MICRO).unwrap_or(0);
+        let fraction = format!("{:06}", self.0.checked_rem(PICO_PER_MICRO).unwrap_or(0));
+        match fraction.trim_end_matches('0') {
+            "" => write!(f, "{whole}"),
+            fraction => write!(f, "{whole}.{fraction}"),
+        }
+    }
+}
+
 /// The rates that hold for one request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rates(Vec<(Currency, Rate)>);
@@ -297,6 +309,7 @@ mod tests {
         }
         assert_eq!(Rate::USD.minor(MicroUsd(50_000_001)), Some(5_001));
         assert_eq!(tiny.minor(MicroUsd(64)), Some(102));
+        assert_eq!((tiny.to_string(), Rate::USD.to_string()), ("0.63".to_owned(), "10000".to_owned()));
     }
 
     #[test]

@@ -94,6 +94,7 @@ pub fn hold(hold: &Hold, call: Option<&Call>) -> Value {
         "usd": hold.currency.map(|_| hold.usd.to_string()),
         "amount": hold.currency.map(|_| hold.minor),
         "currency": hold.currency.map(|currency| currency.as_str().to_owned()),
+        "micro_usd_per_minor_unit": hold.rate.map(|rate| rate.to_string()),
         "lane": match hold.lane { Lane::In => "in", Lane::Out => "out" },
         "object_id": hold.object_id,
         "since": hold.since.to_string(),

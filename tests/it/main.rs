@@ -14,6 +14,10 @@ mod bad_input;
 #[cfg(test)]
 mod caps;
 #[cfg(test)]
+mod catalogue;
+#[cfg(test)]
+mod families;
+#[cfg(test)]
 mod first;
 #[cfg(test)]
 mod grants;

@@ -128,7 +128,9 @@ fn price_use<'a>(
     same_currency(named.currency, currency)?;
     let ceiling = intent.seen.as_ref().and_then(|seen| seen.ceiling);
     same_currency(ceiling.map(|money| money.currency), currency)?;
-    let seen = ceiling.map_or(0, |money| money.minor);
+    // What moved since the hold was made is its money too.
+    let since = intent.seen.as_ref().map_or(0, |seen| seen.moved.saturating_sub(hold.moved_before));
+    let seen = ceiling.map_or(0, |money| money.minor).saturating_add(since);
     let minor = hold.minor.max(named.minor.unwrap_or(0)).max(seen);
     let usd = hold.to_usd(minor).ok_or_else(no_figures)?;
     let more = usd.saturating_sub(hold.usd);

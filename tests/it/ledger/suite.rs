@@ -40,6 +40,8 @@ macro_rules! conformance {
             a_lowered_clock_opens_no_resend a_clock_that_is_set_back_opens_no_resend
             a_ledger_is_bound_once equal_refusals_are_counted
             one_row_for_each_call old_records_go_and_the_chain_holds a_hold_is_resolved_once
+            an_object_made_elsewhere_is_read_before_it_is_held what_the_vendor_tries_again_stays_held
+            a_ceiling_is_held_for_each_call a_hold_keeps_its_rate
         );
     };
     ($place:path: $($name:ident)*) => { $(
@@ -51,6 +53,12 @@ macro_rules! conformance {
     )* };
 }
 pub(super) use conformance;
+
+mod elsewhere;
+pub(super) use elsewhere::{
+    a_ceiling_is_held_for_each_call, a_hold_keeps_its_rate,
+    an_object_made_elsewhere_is_read_before_it_is_held, what_the_vendor_tries_again_stays_held,
+};
 
 pub(super) async fn money_is_reserved_settled_and_booked(world: World) {
     check(

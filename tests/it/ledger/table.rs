@@ -6,7 +6,7 @@
 //! | `K charge\|intent NAME AMOUNT [param=value…]` | `send UPSTREAM-KEY [again]`, `replay`, `refuse CODE [cap, param or retry]` |
 //! | `K confirm\|capture\|increment\|refund NAME OBJECT [AMOUNT]`, `K unpriced NAME` | the same |
 //! | `K ceiling NAME [OBJECT]` | the same: 50.00 for one call |
-//! | `record OBJECT AMOUNT [moved=AMOUNT] [customer=ID] [retried]` | nothing: what a read tells; without it: `look` |
+//! | `record OBJECT AMOUNT [CURRENCY] [moved=AMOUNT] [customer=ID] [retried]` | nothing: what a read tells; without it: `look` |
 //! | `answer NAME READING [AMOUNT] [OBJECT…] [replayed]` | state of the hold and what it holds |
 //! | `observe OBJECT ended\|moved [AMOUNT]` | the same |
 //! | `sum K [today\|out]` | what is counted, zeros left out |
@@ -255,9 +255,10 @@ fn ask(deed: &str, name: &str, rest: &[&str]) -> Ask {
 fn seen(rest: &[&str]) -> Seen {
     let value = |name: &str| rest.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let minor = rest[0].parse().unwrap();
+    let currency = rest.iter().skip(1).find_map(|word| Currency::parse(word)).unwrap_or(Currency::USD);
     Seen {
-        ceiling: Some(Money { minor, currency: Currency::USD }),
-        currency: Some(Currency::USD),
+        ceiling: Some(Money { minor, currency }),
+        currency: Some(currency),
         moved: value("moved").map_or(0, |text| text.parse().unwrap()),
         customer: value("customer").map(str::to_owned),
         retried: rest.contains(&"retried"),

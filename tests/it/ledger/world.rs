@@ -20,13 +20,15 @@ use keybrake::ledger::redb::RedbStore;
 use keybrake::ledger::rules::Admit;
 use keybrake::ledger::rules::resolve::Resolve;
 use keybrake::ledger::{Actor, Admitted, Held, Ledger, LedgerError, Opening};
-use keybrake::money::{Currency, MicroUsd, Money, Rate};
+use keybrake::money::{Currency, MicroUsd, Money, Rate, Rates};
 use keybrake::secret::Mode;
 use keybrake::time::{Clock, DAY_MS, Day, HOUR_MS, UnixMs};
 use serde_json::{Map, Value};
 
 /// One o'clock on 2026-07-14, UTC.
 pub(super) const START: UnixMs = UnixMs::from_millis(1_783_987_200_000 + HOUR_MS);
+/// What a cent of a euro counts here: two of a dollar.
+const EUR: Rate = Rate::from_pico(20_000_000_000);
 /// The stamp's parameter, as a vendor would name it.
 const STAMP_PARAM: &str = "metadata[keybrake_call]";
 
@@ -302,7 +304,7 @@ impl World {
             facts,
             estate: estate(),
             open_constraints: Vec::new(),
-            rates: Arc::default(),
+            rates: Arc::new(Rates::new(vec![(Currency::parse("eur").unwrap(), EUR)])),
             seen: None,
             pin: Some("amount".to_owned()),
         }
