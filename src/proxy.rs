@@ -438,6 +438,7 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<(Effect, Vec
     // A read is decided by its grant; a filter such as `destination` sends nothing anywhere.
     if operation.class != Class::Read {
         rules::refuse_parameters(&reading.params, key)?;
+        rules::refuse_bare_metadata(reading)?;
     }
     rules::refuse_expand(&reading.params, key)?;
     let open = rules::keep_constraints(reading, key, effect)?;

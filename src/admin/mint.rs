@@ -17,6 +17,7 @@ use crate::time::{SECOND_MS, UnixMs};
 use crate::vendor::Vendor;
 use crate::vendor::stripe::catalogue;
 use crate::vendor::stripe::form::Params;
+use crate::vendor::stripe::pricing::{Price, Terms};
 use crate::vendor::stripe::rules::{self, Effect};
 
 /// The longest life of an issuer key, in seconds: two years.
@@ -297,11 +298,20 @@ fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
 fn refuse_without_cap(template: &str, effect: Effect, caps: &Caps) -> Result<(), Refusal> {
     let absent = |cap: Option<MicroUsd>| !caps.uncapped && cap.is_none_or(|cap| cap == MicroUsd::ZERO);
     let Effect::Priced(price) = effect else { return Ok(()) };
+    let over = |cap: MicroUsd| caps.per_request.is_some_and(|one| one > cap);
+    let is_ceiling = |price: &Price| matches!(price.terms, Terms::Ceiling { .. }) && price.only.is_empty();
     match price.lane {
         Lane::Out if absent(caps.daily_out) => Err(invalid(
             "daily_usd_out_cap",
             format!("is missing: without it no call of {template} could ever be admitted"),
         )),
+        // All of it is held for each call, so it has to fit.
+        Lane::In if is_ceiling(price) && [caps.daily, caps.total].iter().flatten().any(|cap| over(*cap)) => {
+            Err(invalid(
+                "max_usd_per_request",
+                format!("is above a cap of this key, and {template} holds all of it for each call"),
+            ))
+        }
         // Without its parameters such an operation moves no money.
         Lane::In if absent(caps.daily) && price.only.is_empty() => Err(invalid(
             "daily_usd_cap",

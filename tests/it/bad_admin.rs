@@ -159,6 +159,11 @@ fn contradictions() -> Vec<(Value, &'static str)> {
             of("POST /v1/subscriptions", json!({"daily_usd_cap": null, "max_usd_per_request": 5})),
             "daily_usd_cap",
         ),
+        (of("POST /v1/subscriptions", json!({"max_usd_per_request": 33})), "max_usd_per_request"),
+        (
+            of("POST /v1/subscriptions", json!({"max_usd_per_request": 30, "total_usd_cap": 20})),
+            "max_usd_per_request",
+        ),
         // A wildcard is not an exact name, and another cap is a cap.
         (uncapped("POST /v1/disputes/*/close", json!({})), "allowed_endpoints"),
         (uncapped("POST /v1/subscriptions", json!({"total_usd_cap": 100})), "allowed_endpoints"),

@@ -370,6 +370,8 @@ fn parameters_not_allowed(key: &str) -> Vec<Row> {
         intent("payment_method_data[us_bank_account][account_number]=000123456789", ""),
         intent("payment_method_options[card][request_overcapture]=if_available", ""),
         intent("payment_method_options[card][request_multicapture]=if_available", ""),
+        intent("amount_details[surcharge][amount]=100", "amount_details[surcharge][amount]"),
+        of("the marks of an object", "/v1/payment_intents/pi_1/confirm", "metadata=", "metadata"),
         charge("expand[]=customer", "expand[0]"),
         charge("expand[0]=balance_transaction", "expand[0]"),
         charge("expand[]=data.customer.default_source", "expand[0]"),

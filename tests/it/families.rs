@@ -11,7 +11,7 @@ use crate::standin::{Options, Standin};
 use crate::support::{Reply, STRIPE_KEY, Sidecar, client, world, world_with};
 
 /// Answers the next request of this kind with this.
-fn script(standin: &Standin, request: &str, status: u16, body: Value) {
+pub(crate) fn script(standin: &Standin, request: &str, status: u16, body: Value) {
     let (method, prefix) = request.split_once(' ').unwrap();
     let on = On::Path { method: method.to_owned(), prefix: prefix.to_owned() };
     let headers = [("content-type".to_owned(), "application/json".to_owned())].into();

@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use crate::families::script;
+use crate::raw::Raw;
 use crate::standin::Options;
 use crate::support::{Reply, Sidecar, world};
 
@@ -186,6 +188,98 @@ async fn an_issuer_mints_within_its_bounds_and_nothing_else() {
     let spend =
         sidecar.call("POST", "/v1/charges", &ik, &[("idempotency-key", "k")], &[("amount", "1")]).await;
     assert_eq!(spend.status, 401, "an issuer key charges nothing");
+}
+
+/// Whatever the JSON looks like: either it is no policy, or it is outside of the bounds, or the bounds hold in the key.
+#[tokio::test]
+async fn no_encoding_gets_an_issuer_past_its_bounds() {
+    let (_standin, sidecar) = world().await;
+    let bounds =
+        json!({"constraints": {"currency": ["usd"]}, "max_usd_per_request": 40, "idempotency": "required"});
+    let (ik, _) = issuer(&sidecar, bounds).await;
+    let base = r#""label":"kestra-a","vendor":"stripe","allowed_endpoints":["POST /v1/charges"]"#;
+    let ends = r#""daily_usd_cap":50,"expires_in_seconds":600"#;
+    for (policy, status) in [
+        // Amounts.
+        (format!(r#"{{{base},"daily_usd_cap":5001e-2,"expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":"5001e-2","expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":"0000050.01","expires_in_seconds":600}}"#), 403),
+        (format!(r#"{{{base},"daily_usd_cap":"+50.01","expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":50.010,"expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":18446744073709.55,"expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":"９９","expires_in_seconds":600}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":[60],"expires_in_seconds":600}}"#), 400),
+        // Names: escaped, repeated, in another case.
+        (format!(r#"{{{base},"daily_usd_c\u0061p":60,"expires_in_seconds":600}}"#), 403),
+        (format!(r#"{{{base},{ends},"daily_usd_c\u0061p":60}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":60,{ends}}}"#), 400),
+        (format!(r#"{{{base},{ends},"Daily_usd_cap":60}}"#), 400),
+        (format!(r#"{{{base},{ends},"total_usd_cap":60}}"#), 403),
+        (format!(r#"{{{base},{ends},"daily_usd_out_cap":60}}"#), 403),
+        (format!(r#"{{{base},{ends},"max_usd_per_request":"40.01"}}"#), 403),
+        (format!(r#"{{{base},{ends},"max_usd_per_request":null}}"#), 201),
+        // Life.
+        (format!(r#"{{{base},"daily_usd_cap":50,"expires_in_seconds":3601}}"#), 403),
+        (format!(r#"{{{base},"daily_usd_cap":50,"expires_in_seconds":3.6e3}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":50,"expires_in_seconds":-1}}"#), 400),
+        (format!(r#"{{{base},"daily_usd_cap":50,"expires_in_seconds":18446744073709551615}}"#), 400),
+        // Lists and objects.
+        (format!(r#"{{{base},{ends},"allowed_endpoints":["POST /v1/payouts"]}}"#), 400),
+        (format!(r#"{{{base},{ends},"constraints":{{"currency":["usd"],"currency":["eur"]}}}}"#), 400),
+        (format!(r#"{{{base},{ends},"constraints":{{"c\u0075rrency":["eur"]}}}}"#), 403),
+        (format!(r#"{{{base},{ends},"constraints":{{"currency":{{"min":0}}}}}}"#), 403),
+        (format!(r#"{{{base},{ends},"constraints":{{"currency ":["eur"]}}}}"#), 400),
+        (format!(r#"{{{base},{ends},"constraints":{{"Currency":["eur"]}}}}"#), 201),
+        (format!(r#"{{{base},{ends},"constraints":null}}"#), 201),
+        (format!(r#"{{{base},{ends},"idempotency":"client"}}"#), 403),
+        (format!(r#"{{{base},{ends},"uncapped":false}}"#), 201),
+        (format!(r#"{{{base},{ends},"issuer":null}}"#), 400),
+        (format!(r"[{{{base},{ends}}}]"), 400),
+        (format!(r"{{{base},{ends}}}{{}}"), 400),
+    ] {
+        let raw = Raw::new("POST /admin/vault_keys").bearer(&ik).add("Content-Type", "application/json");
+        let answer = raw.body(&policy).send(sidecar.base.strip_prefix("http://").unwrap()).await;
+        assert_eq!(answer.status, status, "{policy}: {}", answer.text);
+        if status == 201 {
+            assert_eq!(answer.body["constraints"]["currency"], json!(["usd"]), "{policy}");
+            assert_eq!(answer.body["max_usd_per_request"], "40.00", "{policy}");
+        }
+    }
+    let minted = sidecar.json("GET", "/admin/vault_keys", &ik, None).await;
+    assert_eq!(minted.body["data"].as_array().unwrap().len(), 4, "{}", minted.text);
+}
+
+#[tokio::test]
+async fn an_issuer_bounds_what_nobody_can_price_and_what_goes_out() {
+    let (standin, sidecar) = world().await;
+    let subscriptions = json!({"allowed_endpoints": ["POST /v1/subscriptions"], "name": "a", "label_prefix": "kestra-",
+        "daily_usd_cap": 100, "expires_in_seconds": 600});
+    let refused = sidecar.admin("POST", "/admin/issuers", Some(&subscriptions)).await;
+    assert_eq!(refused.verdict(), (400, "parameter_invalid"), "it has no ceiling: {}", refused.text);
+    let grants = json!(["POST /v1/subscriptions", "POST /v1/payouts"]);
+    let bounds = json!({"allowed_endpoints": grants, "max_usd_per_request": 20, "daily_usd_out_cap": 30});
+    let (ik, _) = issuer(&sidecar, bounds).await;
+    let mint = async |more: Value| {
+        let policy = policy(&more);
+        sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy)).await
+    };
+    let made = mint(json!({"allowed_endpoints": ["POST /v1/subscriptions"]})).await;
+    assert_eq!((made.status, &made.body["max_usd_per_request"]), (201, &json!("20.00")), "{}", made.text);
+    let more = json!({"allowed_endpoints": ["POST /v1/subscriptions"], "max_usd_per_request": 21});
+    assert_eq!(mint(more).await.body["error"]["param"], "max_usd_per_request");
+    // Together its keys send out no more than it may.
+    let mut verdicts = Vec::new();
+    for n in 0..3 {
+        let made = mint(json!({"allowed_endpoints": ["POST /v1/payouts"], "daily_usd_out_cap": 20})).await;
+        let key = made.body["vault_key"].as_str().unwrap().to_owned();
+        let form = [("amount", "2000"), ("currency", "usd")];
+        let payout =
+            json!({"id": "po_1", "object": "payout", "currency": "usd", "amount": 2000, "status": "paid"});
+        script(&standin, "POST /v1/payouts", 200, payout);
+        let reply = sidecar.post(&key, "/v1/payouts", &format!("p-{n}"), &form).await;
+        verdicts.push(reply.body["error"]["cap"].as_str().unwrap_or("sent").to_owned());
+    }
+    assert_eq!(verdicts, ["sent", "issuer", "issuer"]);
 }
 
 #[tokio::test]

@@ -180,6 +180,24 @@ pub fn refuse_parameters(params: &Params, key: &Key) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Refuses to take all metadata off an object that exists: its stamp would go with it, and by that it is found again.
+///
+/// # Errors
+/// `parameter_not_allowed`.
+pub fn refuse_bare_metadata(reading: &Reading<'_>) -> Result<(), Refusal> {
+    let makes_one =
+        reading.ids.is_empty() || reading.operation.price.as_ref().is_some_and(|price| price.stamp);
+    if makes_one || reading.params.get("metadata").is_none() {
+        return Ok(());
+    }
+    Err(Refusal::of_param(
+        Code::ParameterNotAllowed,
+        "metadata",
+        "'metadata' without a name would take all metadata off the object, and with it the mark by which it is found \
+         again. Name what is to go: 'metadata[name]='.",
+    ))
+}
+
 /// Refuses parameters in which a credential or another method could hide. Part of reading, before any grant.
 ///
 /// # Errors
@@ -269,20 +287,30 @@ const EXPANDABLE: &[(&str, &str)] = &[
     ("charge", "GET /v1/charges/{charge}"),
     ("charges", "GET /v1/charges"),
     ("customer", "GET /v1/customers/{customer}"),
+    ("default_source", "GET /v1/customers/{customer}/sources/{id}"),
     ("default_payment_method", "GET /v1/payment_methods/{payment_method}"),
     ("dispute", "GET /v1/disputes/{dispute}"),
     ("invoice", "GET /v1/invoices/{invoice}"),
+    ("items", "GET /v1/subscription_items"),
     ("latest_charge", "GET /v1/charges/{charge}"),
     ("latest_invoice", "GET /v1/invoices/{invoice}"),
+    ("line_items", "GET /v1/checkout/sessions/{session}/line_items"),
+    ("lines", "GET /v1/invoices/{invoice}/lines"),
     ("payment_intent", "GET /v1/payment_intents/{intent}"),
     ("payment_method", "GET /v1/payment_methods/{payment_method}"),
+    ("payments", "GET /v1/invoice_payments"),
+    ("pending_setup_intent", "GET /v1/setup_intents/{intent}"),
     ("price", "GET /v1/prices/{price}"),
     ("product", "GET /v1/products/{id}"),
     ("refund", "GET /v1/refunds/{refund}"),
     ("refunds", "GET /v1/refunds"),
     ("review", "GET /v1/reviews/{review}"),
+    ("schedule", "GET /v1/subscription_schedules/{schedule}"),
     ("setup_intent", "GET /v1/setup_intents/{intent}"),
+    ("sources", "GET /v1/customers/{customer}/sources"),
     ("subscription", "GET /v1/subscriptions/{subscription_exposed_id}"),
+    ("subscriptions", "GET /v1/subscriptions"),
+    ("transfer", "GET /v1/transfers/{transfer}"),
 ];
 
 /// Refuses an `expand` that would reach an object whose read the key does not grant.

@@ -1,13 +1,17 @@
 //! Files written by earlier builds must open for ever, and mean what they meant.
 //!
-//! `tests/data/redb/format-1.redb` was written by [`history`], in the build that first had the format. A new format gets
-//! a new file beside it: `KEYBRAKE_TEST_WRITE_FORMAT=path cargo test --test it a_file_of_format` writes one.
+//! `tests/data/redb/format-1.redb` was written by [`history`], in the build that first had the format, and
+//! `format-1-objects.redb` by [`history_of_objects`], in the build that first read objects and counted other currencies. A
+//! new format, or new fields of an old one, get a new file beside them:
+//! `KEYBRAKE_TEST_WRITE_FORMAT=path cargo test --test it a_file_of_format_1_opens` writes one.
 
 use keybrake::call::{CallState, Outcome};
 use keybrake::hold::Lane;
-use keybrake::key::Idempotency;
+use keybrake::intent::Seen;
+use keybrake::key::{Idempotency, Key};
 use keybrake::ledger::Admitted;
 use keybrake::ledger::query::{CallFilter, KeyFilter};
+use keybrake::money::{Currency, Money};
 use keybrake::time::HOUR_MS;
 
 use crate::ledger::redb::on_disk;
@@ -29,16 +33,11 @@ async fn history(world: &World) {
     drop(world.held(key, &Ask::charge("sending", 500)).await);
 }
 
-#[tokio::test]
-async fn a_file_of_format_1_opens_and_means_what_it_meant() {
-    if let Some(path) = std::env::var_os("KEYBRAKE_TEST_WRITE_FORMAT") {
-        history(&World::new(on_disk(path.into()))).await;
-        return;
-    }
+/// A copy of a kept file, opened an hour later, and its only key.
+fn opened(name: &str) -> (World, Key, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("keybrake.redb");
-    let kept = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/redb/format-1.redb");
-    std::fs::copy(kept, &path).unwrap();
+    std::fs::copy(format!("{}/tests/data/redb/{name}", env!("CARGO_MANIFEST_DIR")), &path).unwrap();
     let mut world = World::new(on_disk(path));
     // Ids are counted here, so the first run takes itself for the one that wrote the file.
     world.restart();
@@ -46,6 +45,65 @@ async fn a_file_of_format_1_opens_and_means_what_it_meant() {
     let keys = world.reads().keys(&KeyFilter::default(), None, 10, world.ledger().now()).unwrap().items;
     let [key] = keys.as_slice() else { panic!("{keys:?}") };
     world.knows(key.id, Idempotency::Required);
+    (world, key.clone(), dir)
+}
+
+/// What holds say of objects that somebody else made, of other currencies and of ceilings.
+async fn history_of_objects(world: &World) {
+    let key = world.key("kept", |key| key.caps.daily = Some(usd("500.00"))).await;
+    let of = |deed, object: &str| Ask {
+        deed,
+        object: Some(object.to_owned()),
+        minor: None,
+        ..Ask::charge(object, 0)
+    };
+    for (object, minor, moved, currency) in [("pi_eur", 1_000, 0, "eur"), ("pi_part", 600, 400, "usd")] {
+        let currency = Currency::parse(currency).unwrap();
+        let ceiling = Some(Money { minor, currency });
+        let customer = Some("cus_1".to_owned());
+        world.tells(object, Seen { ceiling, currency: Some(currency), moved, customer, retried: false });
+        let held = world.held(key, &of(Deed::Confirm, object)).await;
+        let resolve = world.resolve(Outcome::Pending { minor }, &[object], Some(200));
+        world.ledger().resolve(held, resolve).await.unwrap();
+    }
+    let held = world.held(key, &of(Deed::Ceiling, "in_ceiling")).await;
+    let resolve = world.resolve(Outcome::Pending { minor: 0 }, &["in_ceiling"], Some(200));
+    world.ledger().resolve(held, resolve).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_of_format_1_opens_and_keeps_what_it_says_of_objects() {
+    if let Some(path) = std::env::var_os("KEYBRAKE_TEST_WRITE_FORMAT") {
+        let path = std::path::PathBuf::from(path).with_extension("objects.redb");
+        history_of_objects(&World::new(on_disk(path))).await;
+        return;
+    }
+    let (world, key, _dir) = opened("format-1-objects.redb");
+    assert_eq!(world.total(key.id, Lane::In).held, usd("76.00"));
+    let capture = |name: &str, object: &str| Ask {
+        deed: Deed::Capture,
+        object: Some(object.to_owned()),
+        minor: None,
+        ..Ask::charge(name, 0)
+    };
+    for (name, object, minor, spent) in
+        [("a", "pi_eur", 1_000, "20.00"), ("b", "pi_part", 1_000, "26.00"), ("c", "in_ceiling", 100, "27.00")]
+    {
+        let held = world.held(key.id, &capture(name, object)).await;
+        let resolve = world.resolve(Outcome::Spent { minor }, &[object], Some(200));
+        world.ledger().resolve(held, resolve).await.unwrap();
+        assert_eq!(world.total(key.id, Lane::In).spent, usd(spent), "{object}");
+    }
+    world.check();
+}
+
+#[tokio::test]
+async fn a_file_of_format_1_opens_and_means_what_it_meant() {
+    if let Some(path) = std::env::var_os("KEYBRAKE_TEST_WRITE_FORMAT") {
+        history(&World::new(on_disk(path.into()))).await;
+        return;
+    }
+    let (world, key, _dir) = opened("format-1.redb");
     let total = world.total(key.id, Lane::In);
     assert_eq!((total.spent, total.held, total.doubt), (usd("1.00"), usd("2.00"), usd("8.00")));
     let states = |name: &str| {
