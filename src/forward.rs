@@ -18,9 +18,9 @@ use crate::ledger::Held;
 use crate::secret::Secret;
 use crate::time::UnixMs;
 use crate::upstream::{NotSentReason, Outbound, Sent, Upstream};
-use crate::vendor::stripe::form;
 use crate::vendor::stripe::object::Look;
 use crate::vendor::stripe::rules::Effect;
+use crate::vendor::stripe::{READ_VERSION, form};
 
 /// Header of the key that Stripe compares.
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -53,13 +53,13 @@ impl FreeRequest {
         })
     }
 
-    /// The read of an object that a request is about: of the same account, and as the same version shows it.
+    /// The read of an object that a request is about, of the same account.
     pub fn look(look: &Look, request: &ExactRequest) -> Self {
         Self(ExactRequest {
             method: "GET".to_owned(),
             path: look.path.clone(),
             params: look.params.clone(),
-            version: request.version.clone(),
+            version: Some(READ_VERSION.to_owned()),
             account: request.account.clone(),
             idempotency_key: None,
         })

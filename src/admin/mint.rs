@@ -284,7 +284,12 @@ fn grants(entries: &[String], caps: &Caps) -> Result<Vec<Grant>, Refusal> {
         };
         let effect = match rules::effect(operation, caps, wildcard) {
             Ok(effect) => effect,
-            Err(refusal) => return bad(format!("entry {at} could never be called: {}", refusal.message)),
+            Err(refusal) => {
+                return bad(format!(
+                    "entry {at} could never be called: {}",
+                    refusal.message.trim_end_matches('.')
+                ));
+            }
         };
         refuse_without_cap(operation.template, effect, caps)?;
         if grants.iter().all(|grant| grant.operation != operation.template) {

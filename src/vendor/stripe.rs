@@ -5,6 +5,7 @@
 pub mod answer;
 pub mod catalogue;
 pub mod form;
+pub mod lines;
 pub mod object;
 pub mod pricing;
 pub mod refusal;
@@ -16,6 +17,8 @@ pub mod secrets;
 pub const VERSION_MIN: &str = "2020-08-27";
 /// The latest one.
 pub const VERSION_MAX: &str = "2026-10-28";
+/// The version that the sidecar's own reads ask for: they are read here, whatever version the caller speaks.
+pub const READ_VERSION: &str = "2026-10-28.endive";
 /// The parameter that carries a call's stamp.
 pub const STAMP_PARAM: &str = "metadata[keybrake_call]";
 /// Metadata entries that an object may have at Stripe.

@@ -189,7 +189,7 @@ async fn what_cannot_be_read_is_not_sent() {
         (200, json!("garbage"), (403, "amount_unknown")),
         (200, invoice(&json!({"id": "in_2"})), (403, "amount_unknown")),
         (200, invoice(&json!({"object": "charge"})), (403, "amount_unknown")),
-        (200, invoice(&json!({"amount_remaining": null})), (403, "amount_unknown")),
+        (200, invoice(&json!({"amount_remaining": null, "amount_due": null})), (403, "amount_unknown")),
         (200, invoice(&json!({"amount_remaining": -5})), (403, "amount_unknown")),
         (200, invoice(&json!({"currency": null})), (403, "amount_unknown")),
         (200, invoice(&json!({"currency": "eur"})), (403, "currency_not_allowed")),
@@ -403,6 +403,17 @@ async fn a_checkout_session_is_held_until_it_expires() {
             "payment_status": "unpaid", "amount_total": 2000, "client_secret": "cs_1_secret_abc"})
     };
     script(&standin, "POST /v1/checkout/sessions", 200, session("open"));
+    let (price, currency) = ("line_items[0][price_data][unit_amount]", "line_items[0][price_data][currency]");
+    for (form, told) in [
+        ([(price, "1501"), (currency, "usd"), ("line_items[0][quantity]", "3")], (429, "spend_cap_exceeded")),
+        (
+            [(price, "100"), (currency, "eur"), ("line_items[0][quantity]", "3")],
+            (403, "currency_not_allowed"),
+        ),
+    ] {
+        let reply = sidecar.post(&key, "/v1/checkout/sessions", "x", &form).await;
+        assert_eq!(reply.verdict(), told, "what its lines name is known: {}", reply.text);
+    }
     let made =
         sidecar.post(&key, "/v1/checkout/sessions", "a", &[("mode", "payment"), ("customer", "cus_9")]).await;
     assert_eq!((made.status, &made.body["client_secret"]), (200, &Value::Null), "{}", made.text);
@@ -581,7 +592,7 @@ async fn stale_rates_count_nothing() {
 }
 
 #[tokio::test]
-async fn a_read_goes_to_the_account_and_version_of_its_call() {
+async fn a_read_goes_to_the_account_of_its_call() {
     let (standin, sidecar) = crate::support::world_of(
         Options { connected: vec!["acct_other".to_owned()], ..Options::default() },
         &[],
@@ -598,6 +609,8 @@ async fn a_read_goes_to_the_account_and_version_of_its_call() {
     assert_eq!(reply.status, 200, "{}", reply.text);
     let read = standin.requests().into_iter().find(|seen| seen.path == "/v1/invoices/in_1").unwrap();
     assert_eq!(read.header("stripe-account"), Some("acct_other"));
-    assert_eq!(read.header("stripe-version"), Some("2024-06-20"));
+    // The caller's version decides how its own answer looks.
+    assert_eq!(read.header("stripe-version"), Some("2026-10-28.endive"));
     assert_eq!(read.header("idempotency-key"), None);
+    assert_eq!(standin.requests().pop().unwrap().header("stripe-version"), Some("2024-06-20"));
 }

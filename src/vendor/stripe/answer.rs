@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::call::{Reading, Record};
 use crate::money::{Currency, Money};
-use crate::vendor::stripe::object::{Look, Source, amount, is_id, reference, text};
+use crate::vendor::stripe::object::{Look, Source, amount, amount_or, is_id, reference, text};
 use crate::vendor::stripe::pricing::Answers;
 
 /// An answer, as far as it matters here.
@@ -130,10 +130,10 @@ fn read_object(body: &Value, expected: Option<Expected>, more: Option<&[u8]>) ->
     (reading.unwrap_or(UNCLEAR), objects)
 }
 
-/// An invoice tells all that was ever paid for it.
+/// An invoice tells all that was ever paid for it. What is due stands in for what remains, where that is missing.
 fn read_invoice(invoice: &Value) -> Option<Reading> {
     let paid = amount(invoice, "amount_paid")?;
-    let due = paid.checked_add(amount(invoice, "amount_remaining")?)?;
+    let due = paid.checked_add(amount_or(invoice, "amount_remaining", "amount_due")?)?;
     Some(match text(invoice, "status")? {
         // Nobody collects a draft that does not advance by itself; who finalizes or pays it is asked then.
         "draft" if invoice.get("auto_advance").and_then(Value::as_bool) == Some(false) => {

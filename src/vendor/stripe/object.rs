@@ -185,22 +185,23 @@ fn figures(source: Source, purpose: Purpose, body: &Value) -> Option<(u64, u64)>
         (Source::Charge, Purpose::Use(_)) | (Source::Payout, _) => (of("amount")?, 0),
         (Source::Charge, _) => (left(captured(body)?, of("amount_refunded")?), of("amount_refunded")?),
         // A second capture takes what the first one left.
-        (Source::Intent, Purpose::Use(Verb::Capture)) => (of("amount_capturable")?, of("amount_received")?),
-        (Source::Intent, Purpose::Use(_)) => (of("amount")?, of("amount_received")?),
+        // Where a figure is missing, the higher one stands in for it.
+        (Source::Intent, Purpose::Use(Verb::Capture)) => {
+            (amount_or(body, "amount_capturable", "amount")?, of("amount_received").unwrap_or(0))
+        }
+        (Source::Intent, Purpose::Use(_)) => (of("amount")?, of("amount_received").unwrap_or(0)),
         (Source::Intent, _) => {
             let refunded = match body.get("latest_charge") {
                 Some(charge @ Value::Object(_)) => amount(charge, "amount_refunded")?,
                 // Not expanded, though asked for: nobody says how much went back already.
                 Some(_) | None => 0,
             };
-            (left(of("amount_received")?, refunded), refunded)
+            (left(amount_or(body, "amount_received", "amount")?, refunded), refunded)
         }
         (Source::Invoice, _) => {
             // A draft's remaining amount is what it is due; what was paid out of band is no money of ours.
-            (
-                of("amount_remaining")?.max(if is_draft(body) { of("amount_due")? } else { 0 }),
-                of("amount_paid")?,
-            )
+            let due = if is_draft(body) { of("amount_due")? } else { 0 };
+            (amount_or(body, "amount_remaining", "amount_due")?.max(due), of("amount_paid").unwrap_or(0))
         }
         // A negative one takes from what is owed.
         (Source::InvoiceItem, _) => (of("amount").unwrap_or(0), 0),
@@ -253,6 +254,14 @@ pub(super) fn reference(object: &Value, field: &str) -> Option<String> {
 
 pub(super) fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
     object.get(field).and_then(Value::as_str)
+}
+
+/// The same, or a higher one in its place where it is not there at all.
+pub(super) fn amount_or(object: &Value, field: &str, stand_in: &str) -> Option<u64> {
+    match object.get(field) {
+        None | Some(Value::Null) => amount(object, stand_in),
+        Some(_) => amount(object, field),
+    }
 }
 
 /// An amount of at most twelve digits. A negative one is none.

@@ -7,10 +7,11 @@ use crate::hold::{ExactRequest, Facts};
 use crate::id::CallId;
 use crate::intent::{Claim, Intent, Verb};
 use crate::key::{Idempotency, Key};
-use crate::money::{Currency, Money, Rate, Rates, parse_amount};
-use crate::refusal::{Code, Refusal};
+use crate::money::{Currency, MicroUsd, Money, Rate, Rates, parse_amount};
+use crate::refusal::{CapFigures, CapKind, Code, Refusal};
 use crate::vendor::stripe::catalogue::Operation;
 use crate::vendor::stripe::form::{self, Params};
+use crate::vendor::stripe::lines;
 use crate::vendor::stripe::pricing::{Answers, Price, Terms};
 use crate::vendor::stripe::rules;
 use crate::vendor::stripe::{METADATA_KEYS_MAX, STAMP_PARAM, VERSION_MAX, VERSION_MIN};
@@ -307,7 +308,7 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
     let params = &reading.params;
     let object = reading.ids.first().cloned();
     Ok(match &price.terms {
-        Terms::Named => match named_amount(price, params)? {
+        Terms::Named => match lines::named_amount(price, params)? {
             Some((minor, name)) => {
                 let of_price = name.starts_with("price_data[");
                 let in_currency =
@@ -316,7 +317,7 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
                 on_step(minor, currency, price, name)?;
                 Claim::Create { lane: price.lane, money: Money { minor, currency }, rate }
             }
-            None => ceiling(price, key, None)?,
+            None => ceiling(price, reading, key, exchange)?,
         },
         Terms::Use(verb) => {
             let minor = price.amount.map(|name| amount(params, name)).transpose()?.flatten();
@@ -325,7 +326,7 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
             }
             // What else changes an amount (a quantity, a price) does not tell the new one.
             if minor.is_none() && *verb == Verb::Reprice && params.get("currency").is_none() {
-                return ceiling(price, key, object);
+                return ceiling(price, reading, key, exchange);
             }
             Claim::Use {
                 object: object.unwrap_or_default(),
@@ -340,12 +341,13 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
             let minor = price.amount.map(|name| amount(params, name)).transpose()?.flatten();
             Claim::Return { of: returned(of, reading)?, minor }
         }
-        Terms::Ceiling { .. } => ceiling(price, key, object)?,
+        Terms::Ceiling { .. } => ceiling(price, reading, key, exchange)?,
     })
 }
 
-/// What the key says that one call may cost, for a call that does not say so itself.
-fn ceiling(price: &Price, key: &Key, object: Option<String>) -> Result<Claim, Refusal> {
+/// What the key says that one call may cost, for a call that does not say so itself. What its lines do name is the least
+/// that it costs, and has to fit.
+fn ceiling(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -> Result<Claim, Refusal> {
     let Some(usd) = key.caps.per_request else {
         return Err(match price.amount {
             Some(name) => missing(name),
@@ -355,11 +357,23 @@ fn ceiling(price: &Price, key: &Key, object: Option<String>) -> Result<Claim, Re
             ),
         });
     };
+    let least = lines::least(&reading.params, exchange)?;
+    if least > usd {
+        return Err(Refusal::over_cap(CapFigures {
+            cap: CapKind::PerRequest,
+            limit: usd,
+            spent: MicroUsd::ZERO,
+            held: MicroUsd::ZERO,
+            requested: least,
+            resets_at: None,
+        }));
+    }
     let on_its_hold = match price.terms {
         Terms::Ceiling { on_hold } => on_hold,
         Terms::Use(_) => true,
         Terms::Named | Terms::Return(_) => false,
     };
+    let object = reading.ids.first().cloned().filter(|_| price.terms != Terms::Named);
     Ok(Claim::Ceiling { object, usd, on_its_hold })
 }
 
@@ -377,46 +391,6 @@ fn returned(of: &[&'static str], reading: &Reading<'_>) -> Result<String, Refusa
     Err(invalid(first, &format!("must be given alone: exactly one of '{}'", of.join("' and '"))))
 }
 
-/// Parameters with the price of one.
-const UNITS: &[&str] =
-    &["unit_amount", "unit_amount_decimal", "price_data[unit_amount]", "price_data[unit_amount_decimal]"];
-
-/// The amount that the request names, and the parameter that names it. An item of an invoice may name the price of one
-/// and a quantity instead.
-fn named_amount(price: &Price, params: &Params) -> Result<Option<(u64, &'static str)>, Refusal> {
-    let name = price.amount.unwrap_or("amount");
-    if price.answers != Answers::InvoiceItem {
-        return Ok(Some((required_amount(params, name)?, name)));
-    }
-    let unit = params.first_of(UNITS);
-    match (amount(params, name)?, unit) {
-        (Some(_), Some((unit, _))) => Err(invalid(unit, "must not be given with 'amount'")),
-        (Some(minor), None) => Ok(Some((minor, name))),
-        (None, None) => Ok(None),
-        (None, Some((unit, text))) => {
-            let quantity = amount(params, "quantity")?.unwrap_or(1);
-            let minor = times(text, quantity).ok_or_else(|| {
-                invalid(unit, "must be a number in the currency's smallest unit, with at most 12 decimals")
-            })?;
-            Ok(Some((minor, unit)))
-        }
-    }
-}
-
-/// Decimals that the price of one unit may have.
-const UNIT_DECIMALS_MAX: usize = 12;
-
-/// A decimal price of one unit times a quantity, rounded up.
-fn times(unit: &str, quantity: u64) -> Option<u64> {
-    let (whole, fraction) = unit.split_once('.').unwrap_or((unit, ""));
-    let plain = fraction.bytes().all(|byte| byte.is_ascii_digit()) && fraction.len() <= UNIT_DECIMALS_MAX;
-    let fine = if fraction.is_empty() { 0 } else { fraction.parse::<u128>().ok()? };
-    let scale = 10_u128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
-    let one = u128::from(parse_amount(whole)?).checked_mul(scale)?.checked_add(fine)?;
-    let all = one.checked_mul(u128::from(quantity))?.div_ceil(scale);
-    u64::try_from(all).ok().filter(|_| plain)
-}
-
 /// Refuses an amount that is finer than Stripe takes in its currency.
 fn on_step(minor: u64, currency: Currency, price: &Price, name: &str) -> Result<(), Refusal> {
     let step = currency.step(price.answers == Answers::Payout);
@@ -426,7 +400,7 @@ fn on_step(minor: u64, currency: Currency, price: &Price, name: &str) -> Result<
     Err(invalid(name, &format!("must be a multiple of {step} in this currency")))
 }
 
-fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
+pub(super) fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
     match params.get(name) {
         None => Ok(None),
         Some(text) => parse_amount(text).map(Some).ok_or_else(|| {
@@ -435,7 +409,7 @@ fn amount(params: &Params, name: &str) -> Result<Option<u64>, Refusal> {
     }
 }
 
-fn required_amount(params: &Params, name: &str) -> Result<u64, Refusal> {
+pub(super) fn required_amount(params: &Params, name: &str) -> Result<u64, Refusal> {
     amount(params, name)?.ok_or_else(|| missing(name))
 }
 
@@ -443,7 +417,11 @@ fn missing(name: &str) -> Refusal {
     invalid(name, "is missing, so the cost of this call is not known")
 }
 
-fn currency(params: &Params, name: &str, exchange: &Exchange) -> Result<(Currency, Rate), Refusal> {
+pub(super) fn currency(
+    params: &Params,
+    name: &str,
+    exchange: &Exchange,
+) -> Result<(Currency, Rate), Refusal> {
     let currency = code(params.get(name).ok_or_else(|| invalid(name, "is missing"))?)?;
     exchange.rates.of(currency).map(|rate| (currency, rate)).ok_or_else(|| {
         let why = match &exchange.stale {
@@ -460,7 +438,7 @@ fn code(text: &str) -> Result<Currency, Refusal> {
     Currency::parse(text).ok_or_else(|| invalid("currency", "must be a three-letter ISO code"))
 }
 
-fn invalid(param: &str, why: &str) -> Refusal {
+pub(super) fn invalid(param: &str, why: &str) -> Refusal {
     Refusal::of_param(Code::ParameterInvalid, param, format!("'{param}' {why}."))
 }
 

@@ -77,7 +77,7 @@ fn effect_on_money(operation: &'static Operation, caps: &Caps, wildcard: bool) -
             "only a key with max_usd_per_request may call it, which is then held for each call"
         }
         Some(price) => return Ok(Effect::Priced(price)),
-        None => "only an uncapped key that names it exactly may call it",
+        None => "only an uncapped key, without any other dollar cap, that names it exactly may call it",
     };
     if caps.is_uncapped() && !wildcard {
         return Ok(Effect::Unpriced);
