@@ -19,7 +19,7 @@ run: ## a sidecar in front of your own Stripe account; asks for the key that it 
 test: ## all tests: those of Rust, then the real Stripe SDKs of Python and Node against a sidecar
 	$(BUILD)
 	cargo test --locked
-	$(PYTHON) tests/sdk/setup.py --node >/dev/null
+	$(PYTHON) tests/sdk/setup.py --node --localstripe >/dev/null
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk
 
 test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50

@@ -33,9 +33,7 @@ class World:
     sidecar: Sidecar
 
     def client(self, vault_key: str, **options: Any) -> stripe.StripeClient:
-        """stripe-python as the README configures it: the address, the CA, nothing else."""
-        stripe.ca_bundle_path = str(self.sidecar.ca)
-        return stripe.StripeClient(vault_key, base_addresses={"api": self.sidecar.stripe_url}, **options)
+        return client_of(self.sidecar, vault_key, **options)
 
     def client_with(self, label: str, **fields: Any) -> stripe.StripeClient:
         """The same with a new vault key."""
@@ -101,6 +99,12 @@ def deadline() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+def client_of(sidecar: Sidecar, vault_key: str, **options: Any) -> stripe.StripeClient:
+    """stripe-python as the README configures it: the address, the CA, nothing else."""
+    stripe.ca_bundle_path = str(sidecar.ca)
+    return stripe.StripeClient(vault_key, base_addresses={"api": sidecar.stripe_url}, **options)
 
 
 def charge(client: stripe.StripeClient, customer: str, amount: int, key: str | None = None) -> stripe.Charge:

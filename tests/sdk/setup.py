@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Installs what the demo and the SDK tests run with, once, under .cache/ in the repository.
 
-    setup.py            a virtual environment with stripe-python; prints the path of its interpreter
-    setup.py --node     also Node (a Python wheel) with stripe-node; prints the path of its directory as a second line
+    setup.py                a virtual environment with stripe-python; prints the path of its interpreter
+    setup.py --node         also Node (a Python wheel) with stripe-node; prints the path of its directory as a line more
+    setup.py --localstripe  also localstripe in a virtual environment of its own; prints its interpreter as a line more
 
 Each directory is named by a hash of what goes into it and marked when complete: nothing is fetched again until a pin
 changes. Needs Python 3.9 or later and nothing else.
@@ -25,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent.parent / ".cache"
 INSTALL_TIMEOUT_S = 900
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
+LOCALSTRIPE_BUILDER = "setuptools==80.9.0"
 
 
 def python_home() -> Path:
@@ -36,8 +38,27 @@ def python_home() -> Path:
         run([sys.executable, "-m", "venv", str(home)])
         run([str(home / "bin" / "python"), *PIP, "install", "--requirement", str(requirements)])
 
-    # A virtual environment is bound to the interpreter that made it.
-    return once("python", build, str(sys.version_info[:3]), os.path.realpath(sys.executable), requirements)
+    return once("python", build, *this_python(), requirements)
+
+
+def localstripe_home() -> Path:
+    """The directory of a virtual environment in which localstripe/requirements.txt is installed."""
+    requirements = HERE / "localstripe" / "requirements.txt"
+
+    def build(home: Path) -> None:
+        say(f"installing localstripe into {home} (once)")
+        run([sys.executable, "-m", "venv", str(home)])
+        install = [str(home / "bin" / "python"), *PIP, "install"]
+        # It comes as source. What builds it is pinned like the rest, not whatever is newest today.
+        run([*install, LOCALSTRIPE_BUILDER])
+        run([*install, "--no-build-isolation", "--requirement", str(requirements)])
+
+    return once("localstripe", build, *this_python(), LOCALSTRIPE_BUILDER, requirements)
+
+
+def this_python() -> list[str]:
+    """A virtual environment is bound to the interpreter that made it."""
+    return [str(sys.version_info[:3]), os.path.realpath(sys.executable)]
 
 
 def node_home(python: Path) -> Path:
@@ -123,12 +144,15 @@ def check_python() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--node", action="store_true", help="Node and stripe-node too")
+    parser.add_argument("--localstripe", action="store_true", help="localstripe too")
     arguments = parser.parse_args()
     check_python()
     python = python_home() / "bin" / "python"
     print(python)
     if arguments.node:
         print(node_home(python))
+    if arguments.localstripe:
+        print(localstripe_home() / "bin" / "python")
 
 
 if __name__ == "__main__":
