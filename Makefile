@@ -1,10 +1,11 @@
-# A Rust toolchain, Python 3.9 or later and make are all that these need; Node comes as a Python wheel.
+# A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks`; Node and Go come as
+# Python wheels.
 
 PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-long lint
+.PHONY: help demo run test test-sdks test-long lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +22,12 @@ test: ## all tests: those of Rust, then the real Stripe SDKs of Python and Node 
 	cargo test --locked
 	$(PYTHON) tests/sdk/setup.py --node --localstripe >/dev/null
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk
+
+# What cannot be installed fails the tests that need it, not the others.
+test-sdks: ## the real Stripe SDKs of Go and of Java (which needs a JDK and Maven) against a sidecar
+	$(BUILD)
+	-$(PYTHON) tests/sdk/setup.py --go --java >/dev/null
+	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk/more
 
 test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS)
