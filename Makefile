@@ -24,7 +24,7 @@ test: ## all tests: those of Rust, then the real Stripe SDKs of Python and Node 
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk
 
 # What cannot be installed fails the tests that need it, not the others.
-test-sdks: ## the real Stripe SDKs of Go and of Java (which needs a JDK and Maven) against a sidecar
+test-sdks: ## the real Stripe SDKs of Go and Java (needs a JDK and Maven), and Stripe's own check of what is forwarded
 	$(BUILD)
 	-$(PYTHON) tests/sdk/setup.py --go --java >/dev/null
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk/more
