@@ -335,20 +335,17 @@ def test_a_refund_without_an_amount_needs_room_for_all_that_is_left(shop: Shop) 
     assert shop.refunds(paid.id) == []
 
 
-def test_more_refunded_than_was_left_is_booked_and_closes_the_key(shop: Shop) -> None:
-    """Without an amount localstripe refunds the whole charge again, whatever was refunded before. Stripe does not."""
+def test_a_refund_of_the_rest_is_of_what_was_read(shop: Shop) -> None:
+    """Without an amount localstripe refunds the whole charge again, whatever was refunded before: it is sent with one."""
     key = shop.key(*REFUNDS, daily_usd_out_cap="100.00")
     client = client_of(shop.sidecar, key["vault_key"])
     paid = charge(client, shop.customer, 2999, f"{shop.customer}:charge")
     first = {"charge": paid.id, "amount": 1000}
     client.v1.refunds.create(first, {"idempotency_key": f"{shop.customer}:part"})
     rest = client.v1.refunds.create({"charge": paid.id}, {"idempotency_key": f"{shop.customer}:rest"})
-    assert rest.amount == 2999
-    assert shop.counted(key, "out") == ("39.99", "0.00")
-    flags = [record["flags"] for record in shop.sidecar.audit(key_id=key["id"]) if record.get("flags")]
-    assert any("over_hold" in flagged for flagged in flags), flags
-    after = refusal(lambda: charge(client, shop.customer, 100, f"{shop.customer}:after"))
-    assert after == (403, "vault_key_closed")
+    assert rest.amount == 1999
+    assert sorted(made.amount for made in shop.refunds(paid.id)) == [1000, 1999]
+    assert shop.counted(key, "out") == ("29.99", "0.00")
 
 
 # Objects that this ledger does not know are read first.
@@ -391,13 +388,14 @@ def test_a_confirm_of_an_intent_that_was_made_elsewhere(shop: Shop) -> None:
     tight = shop.client(*INTENTS, daily_usd_cap="29.98")
     assert refusal(lambda: tight.v1.payment_intents.confirm(intent.id, {}, confirm)) == (429, "spend_cap_exceeded")
     assert shop.charges() == []
+    # localstripe does not know `amount_to_confirm`, which pins what was read: the one thing that it refuses. Stripe
+    # takes it; the Rust tests confirm such an intent.
     key = shop.key(*INTENTS)
     client = client_of(shop.sidecar, key["vault_key"])
-    for again in (False, True):
-        confirmed = client.v1.payment_intents.confirm(intent.id, {}, confirm)
-        assert (confirmed.status, replayed(confirmed)) == ("requires_capture", again)
-    assert shop.counted(key) == ("0.00", "29.99")
-    assert len(shop.charges()) == 1
+    with pytest.raises(stripe.InvalidRequestError, match="Unexpected amount_to_confirm"):
+        client.v1.payment_intents.confirm(intent.id, {}, confirm)
+    assert shop.counted(key) == ("0.00", "0.00")
+    assert shop.charges() == []
 
 
 def test_an_object_that_does_not_exist_reserves_nothing(shop: Shop) -> None:
@@ -466,7 +464,7 @@ SUBSCRIPTIONS = ["POST /v1/subscriptions", "DELETE /v1/subscriptions/{subscripti
 INVOICES = ["POST /v1/invoiceitems", "POST /v1/invoices", "POST /v1/invoices/{invoice}/pay"]
 
 
-@pytest.mark.parametrize("endpoint", [*SUBSCRIPTIONS, "POST /v1/invoices"])
+@pytest.mark.parametrize("endpoint", ["POST /v1/subscriptions", "POST /v1/invoices"])
 def test_a_cap_alone_does_not_open_what_has_no_price(shop: Shop, endpoint: str) -> None:
     with pytest.raises(Refused) as refused:
         shop.key(endpoint)
@@ -487,9 +485,9 @@ def test_a_subscription_is_made_and_ended_once_within_the_limit_per_request(shop
     assert (again.id, replayed(again)) == (first.id, True)
     assert [paid.amount for paid in shop.charges()] == [1500]
     assert 1500 <= cents(shop.counted(key)) <= 2000
-    for once_more in (False, True):
-        ended = client.v1.subscriptions.cancel(first.id, {}, {"idempotency_key": f"{shop.customer}:end"})
-        assert (ended.status, replayed(ended)) == ("canceled", once_more)
+    # A plain cancel bills nothing, so it is no money call.
+    ended = client.v1.subscriptions.cancel(first.id)
+    assert ended.status == "canceled"
     made = shop.direct.v1.subscriptions.list({"customer": shop.customer, "status": "all"}).data
     assert [subscription.id for subscription in made] == [first.id]
     assert cents(shop.counted(key)) <= 4500

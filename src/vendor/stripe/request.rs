@@ -349,6 +349,10 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
 /// that it costs, and has to fit.
 fn ceiling(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -> Result<Claim, Refusal> {
     let Some(usd) = key.caps.per_request else {
+        let exact = key.grant_for(reading.operation.template).is_some_and(|grant| !grant.wildcard);
+        if key.is_uncapped() && exact {
+            return Ok(Claim::Unpriced);
+        }
         return Err(match price.amount {
             Some(name) => missing(name),
             None => Refusal::new(
