@@ -29,7 +29,7 @@ use crate::proxy::{Proxy, ProxyConfig};
 use crate::random;
 use crate::server::{self, Limits, Listeners, ReplyBody};
 use crate::telemetry::Metrics;
-use crate::time::Clock;
+use crate::time::{Clock, UnixMs};
 use crate::tls::{self, ServerTls};
 use crate::upstream::{Upstream, UpstreamConfig};
 
@@ -184,7 +184,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         metrics,
         config.fx.clone(),
     ));
-    tell_rates(&config.fx);
+    tell_rates(&config.fx, now);
     let admin = Arc::new(Admin {
         ledger: ledger.clone(),
         account: Arc::clone(&account),
@@ -245,7 +245,7 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
 /// Takes over the rates of other currencies whenever their file changes.
 fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
     let Some(file) = config.fx_file.clone() else { return };
-    let (proxy, stop) = (Arc::clone(&sidecar.proxy), stop.clone());
+    let (proxy, stop, clock) = (Arc::clone(&sidecar.proxy), stop.clone(), Clock::System);
     let mut known = Ok(config.fx.clone());
     tokio::spawn(async move {
         while !wait_or_stop(FX_LOOK_MS, &stop).await {
@@ -255,7 +255,7 @@ fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
             }
             match &read {
                 Ok(table) => {
-                    tell_rates(table);
+                    tell_rates(table, clock.now());
                     proxy.set_fx(table.clone());
                 }
                 Err(why) => {
@@ -268,7 +268,10 @@ fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
 }
 
 /// What one whole unit counts: a rate that was given for another unit is seen here.
-fn tell_rates(table: &Table) {
+fn tell_rates(table: &Table, now: UnixMs) {
+    if table.is_stale(now) {
+        tracing::warn!(as_of = table.as_of(), "FX_FILE is too old: calls in its currencies are refused");
+    }
     for (currency, micro_usd) in table.units() {
         let usd = MicroUsd::from_micros(micro_usd).to_string();
         tracing::info!(

@@ -48,10 +48,10 @@ pub(super) struct Issue {
     /// Dollars for its whole life
     #[arg(long)]
     total_usd_cap: Option<String>,
-    /// Dollars for one call
+    /// Dollars for one call; also what an operation holds whose price nobody can know, such as a subscription
     #[arg(long)]
     max_usd_per_request: Option<String>,
-    /// Dollars of refunds, counted apart
+    /// Dollars of money out (refunds, payouts, transfers), counted apart
     #[arg(long)]
     daily_usd_out_cap: Option<String>,
     /// Money calls that are spent, held or in doubt
@@ -87,6 +87,9 @@ pub(super) struct Issue {
     /// JSON object of constraints: parameter to a list of values, or to min and max
     #[arg(long)]
     constraints: Option<String>,
+    /// A connected account (acct_…) that Stripe-Account may name; may be repeated
+    #[arg(long = "account")]
+    accounts: Vec<String>,
     /// NAME=VALUE, copied into every audit record; may be repeated
     #[arg(long = "metadata")]
     metadata: Vec<String>,
@@ -130,7 +133,7 @@ pub(super) struct CreateIssuer {
     /// Dollars that all its keys may ever spend together
     #[arg(long)]
     total_usd_cap: Option<String>,
-    /// Dollars that all its keys may refund together in a UTC day
+    /// Dollars of money out (refunds, payouts, transfers) for all its keys together in a UTC day
     #[arg(long)]
     daily_usd_out_cap: Option<String>,
     /// Dollars for one call
@@ -209,6 +212,9 @@ fn issue_body(issue: Issue) -> Result<Value> {
     }
     if !issue.idempotency_fields.is_empty() {
         set("idempotency_fields", json!(issue.idempotency_fields));
+    }
+    if !issue.accounts.is_empty() {
+        set("accounts", json!(issue.accounts));
     }
     if !issue.metadata.is_empty() {
         let pairs = issue.metadata.iter().map(|pair| {

@@ -556,8 +556,11 @@ async fn commands_work_and_speak_json() {
             "3600",
             "--metadata",
             "flow=billing",
+            "--account",
+            "acct_other",
         ],
     );
+    assert_eq!(issued["accounts"], json!(["acct_other"]));
     let (key, id) = (issued["vault_key"].as_str().unwrap(), issued["id"].as_str().unwrap());
     assert_eq!((&issued["daily_usd_cap"], &issued["metadata"]["flow"]), (&json!("32.99"), &json!("billing")));
     assert_eq!(sidecar.charge(key, "k-1", 1000, "cus_9").await.status, 200);
