@@ -15,11 +15,13 @@
 //!    [`ledger`]. Then the body is read, bounded, and the whole request is read in exactly one way
 //!    (`vendor/stripe/form.rs`, `catalogue.rs`) or refused.
 //! 4. `proxy::permit` asks what key and request alone decide: scope, account, idempotency key, parameters
-//!    (`vendor/stripe/rules.rs`). `vendor/stripe/request.rs` makes an [`intent`]: what it would cost at most, and what
-//!    makes another request the same [`call`].
+//!    (`vendor/stripe/rules.rs`). `vendor/stripe/request.rs` makes an [`intent`] by the operation's row (`catalogue.txt`,
+//!    `pricing.rs`): what it would cost at most, or where that is told, and what makes another request the same [`call`].
 //! 5. `proxy/flights.rs` lets one of equal calls go on; the others wait for its answer.
 //! 6. [`ledger::Ledger::admit`]: the writer thread loads rows, asks `ledger/rules.rs`, writes call, [`hold`], counters and
-//!    [`audit`] record in one transaction, and answers after the commit: held, replayed or refused.
+//!    [`audit`] record in one transaction, and answers after the commit: held, replayed or refused. Where only the
+//!    object's own record tells the price, it says so; `proxy/look.rs` reads the record (`vendor/stripe/object.rs`), and
+//!    the ledger is asked again.
 //! 7. [`forward`] sends exactly what is held, once ([`upstream`]), with the real key. It takes a [`ledger::Held`], which
 //!    only step 6 can make.
 //! 8. `vendor/stripe/answer.rs` reads the answer, [`call::conclude`] says what it proves, [`ledger::Ledger::resolve`]

@@ -614,3 +614,35 @@ async fn a_read_goes_to_the_account_of_its_call() {
     assert_eq!(read.header("idempotency-key"), None);
     assert_eq!(standin.requests().pop().unwrap().header("stripe-version"), Some("2024-06-20"));
 }
+
+#[tokio::test]
+async fn no_answer_to_a_capped_key_carries_a_client_secret_however_deep() {
+    let (standin, sidecar) = world().await;
+    let endpoints = [
+        "GET /v1/invoices",
+        "GET /v1/payment_intents/{id}",
+        "POST /v1/setup_intents",
+        "GET /v1/subscriptions/{id}",
+    ];
+    let (key, _) = mint(&sidecar, "5.00", &endpoints, json!({})).await;
+    let (open, _) = mint(&sidecar, "5.00", &endpoints, json!({"client_secrets": true})).await;
+    let listed = json!({"object": "list", "data": [
+        {"id": "in_1", "confirmation_secret": {"type": "payment_intent", "client_secret": "pi_1_secret_HUSH"}},
+        {"id": "in_2", "payment_intent": {"id": "pi_2", "client_secret": "pi_2_secret_HUSH"}},
+    ]});
+    let setup = json!({"id": "seti_1", "object": "setup_intent", "client_secret": "seti_1_secret_HUSH"});
+    let sub = json!({"id": "sub_1", "pending_setup_intent": setup,
+        "latest_invoice": {"payments": {"data": [{"payment": {"payment_intent": {"client_secret": "pi_3_secret_HUSH"}}}]}}});
+    for (method, path, body) in [
+        ("GET", "/v1/invoices", listed),
+        ("POST", "/v1/setup_intents", setup),
+        ("GET", "/v1/subscriptions/sub_1", sub),
+    ] {
+        for (key, shown) in [(&key, false), (&open, true)] {
+            script(&standin, &format!("{method} {path}"), 200, body.clone());
+            let reply = sidecar.call(method, path, key, &[], &[]).await;
+            assert_eq!(reply.status, 200, "{}", reply.text);
+            assert_eq!(reply.text.contains("HUSH"), shown, "{method} {path}: {}", reply.text);
+        }
+    }
+}
