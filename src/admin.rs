@@ -5,6 +5,7 @@
 
 pub mod fields;
 pub mod mint;
+pub mod operator;
 pub mod query;
 pub mod show;
 
@@ -20,7 +21,7 @@ use axum::routing::{delete, get, post};
 use serde_json::{Value, json};
 
 use crate::account::AccountState;
-use crate::admin::fields::{Fields, invalid};
+use crate::admin::fields::Fields;
 use crate::admin::mint::Birth;
 use crate::admin::query::Asked;
 use crate::clock::ClockWatch;
@@ -28,17 +29,16 @@ use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, RequestId};
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::rules::issuer_revoked;
-use crate::ledger::{Actor, Ledger, LedgerError};
+use crate::ledger::{Actor, Ending, Ledger, LedgerError};
 use crate::proxy::read::credential;
 use crate::proxy::reply::Reply;
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::secret::{KeyKind, KeySecret, Secret};
+use crate::telemetry::{EndLabels, Metrics};
 
 /// The largest body of an admin request, in bytes.
 const BODY_BYTES_MAX: usize = 64 * 1024;
-/// Characters of a reason.
-const REASON_CHARS_MAX: usize = 500;
 
 /// What the handlers share.
 #[derive(Debug)]
@@ -53,6 +53,8 @@ pub struct Admin {
     pub admin_keys: RwLock<Vec<Secret>>,
     /// The default of `remember_days`.
     pub remember_days: u32,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// A refusal on its way out of a handler.
@@ -182,8 +184,10 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/admin/clock", post(lower_clock))
         .route("/admin/holds", get(list_holds))
         .route("/admin/holds/{id}", get(show_hold))
+        .route("/admin/holds/{id}/resolve", post(resolve_hold))
         .route("/admin/calls", get(list_calls))
         .route("/admin/calls/{id}", get(show_call))
+        .route("/admin/calls/{id}/forget", post(forget_call))
         .route("/audit", get(list_records))
         .route("/audit/verify", get(verify))
         .route("/keybrake/key", get(own_key))
@@ -381,8 +385,8 @@ async fn resume_budget(
     let actor = admin.admin(&headers)?;
     let issuer = budget_owner(&admin, &owner)?;
     let mut fields = admin.checked(Fields::parse(&body))?;
-    let reason = admin.checked(reason(&mut fields))?;
-    admin.checked(fields.finish(&[]))?;
+    let reason = admin.checked(fields.reason())?;
+    admin.checked(fields.finish())?;
     admin.ok(admin.ledger.resume_budget(issuer, name.clone(), reason, actor).await)?;
     budget(&admin, &owner, issuer, &name)
 }
@@ -410,8 +414,8 @@ async fn set_kill_switch(State(admin): Shared, headers: HeaderMap, body: Bytes) 
     let actor = admin.admin(&headers)?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let on: bool = admin.checked(fields.need("on", "true or false"))?;
-    let reason = admin.checked(reason(&mut fields))?;
-    admin.checked(fields.finish(&[]))?;
+    let reason = admin.checked(fields.reason())?;
+    admin.checked(fields.finish())?;
     admin.ok(admin.ledger.set_kill_switch(on, reason, actor).await)?;
     kill_switch(&admin)
 }
@@ -436,19 +440,11 @@ fn kill_switch(admin: &Admin) -> Answer {
 async fn lower_clock(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
     let actor = admin.admin(&headers)?;
     let mut fields = admin.checked(Fields::parse(&body))?;
-    let reason = admin.checked(reason(&mut fields))?;
-    admin.checked(fields.finish(&[]))?;
+    let reason = admin.checked(fields.reason())?;
+    admin.checked(fields.finish())?;
     let (before, after) = admin.ok(admin.ledger.lower_clock(reason, actor).await)?;
     admin.clock.accept();
     Ok(json_answer(StatusCode::OK, &json!({ "before": before.to_string(), "after": after.to_string() })))
-}
-
-fn reason(fields: &mut Fields) -> Result<String, Refusal> {
-    let reason: String = fields.need("reason", "a sentence for the audit log")?;
-    if reason.trim().is_empty() || reason.chars().count() > REASON_CHARS_MAX {
-        return Err(invalid("reason", format!("must have 1 to {REASON_CHARS_MAX} characters")));
-    }
-    Ok(reason)
 }
 
 async fn list_holds(
@@ -469,9 +465,55 @@ async fn list_holds(
 async fn show_hold(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
     admin.admin(&headers)?;
     let id = HoldId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    shown_hold(&admin, id)
+}
+
+fn shown_hold(admin: &Admin, id: HoldId) -> Answer {
     let hold = admin.ok(admin.ledger.redb().hold(id))?.ok_or_else(|| admin.refuse(not_found()))?;
     let call = admin.ok(admin.ledger.redb().call_by_id(hold.call_id))?;
     Ok(json_answer(StatusCode::OK, &show::hold(&hold, call.as_ref())))
+}
+
+/// An operator says what became of a call in doubt.
+async fn resolve_hold(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let id = HoldId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let end = admin.checked(operator::end_of(&body, &actor))?;
+    let what = match admin.ok(admin.ledger.end_doubt(id, end).await)? {
+        Ending::Ended => {
+            admin.metrics.doubts_settled.get_or_create(&EndLabels { by: "operator" }).inc();
+            return shown_hold(&admin, id);
+        }
+        Ending::NotInDoubt => "This hold is not in doubt, so there is nothing to resolve.",
+        Ending::OfAnother => "The object belongs to another hold: one object stands for one charge.",
+    };
+    Err(admin.refuse(Refusal::new(Code::Conflict, what)))
+}
+
+/// An operator takes a call back, so that the same call can be made again.
+async fn forget_call(
+    State(admin): Shared,
+    headers: HeaderMap,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let id = CallId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
+    let mut fields = admin.checked(Fields::parse(&body))?;
+    let reason = admin.checked(fields.reason())?;
+    admin.checked(fields.finish())?;
+    match admin.ok(admin.ledger.forget_call(id, reason, actor).await)? {
+        Some(call) => Ok(json_answer(StatusCode::OK, &show::call(&call))),
+        None => Err(admin.refuse(Refusal::new(
+            Code::Conflict,
+            "This call is held, in doubt or open, or was forgotten before: only a call that is over can be forgotten.",
+        ))),
+    }
 }
 
 async fn list_calls(

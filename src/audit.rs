@@ -194,6 +194,8 @@ pub enum Event {
     AccountBound,
     /// An operator lowered the clock's high-water mark.
     ClockLowered,
+    /// An operator took a call back, so that it can be made again.
+    CallForgotten,
 }
 
 impl Event {
@@ -214,7 +216,8 @@ impl Event {
             | Self::BudgetResumed
             | Self::KillSwitch
             | Self::AccountBound
-            | Self::ClockLowered => false,
+            | Self::ClockLowered
+            | Self::CallForgotten => false,
         }
     }
 }

@@ -20,8 +20,6 @@ pub const RESEND_WITHIN_MS: u64 = 23 * HOUR_MS;
 pub const CLOCK_SLACK_MS: u64 = HOUR_MS / 2;
 /// How long a declined call stays bound to its parameters under a caller's key, as at Stripe.
 pub const DECLINE_BINDS_MS: u64 = DAY_MS;
-/// When the same parameters are worth a new attempt after a decline, in `content` mode.
-pub const RETRY_DECLINED_AFTER_MS: u64 = HOUR_MS;
 /// The most attempts of one call in `content` mode.
 pub const ATTEMPTS_MAX: u32 = 8;
 /// How long an executed call of `content` mode is known after its answer is gone, and an ended hold is kept.

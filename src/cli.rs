@@ -5,6 +5,7 @@ pub mod client;
 pub mod doctor;
 mod grants;
 mod log;
+mod operator;
 pub mod output;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use crate::cli::client::Client;
 use crate::cli::grants::{Issuers, Keys, issuers, keys};
 use crate::cli::log::{Audit, audit};
+use crate::cli::operator::Resolve;
 use crate::cli::output::{complain, fields, line, table};
 use crate::config::{CLIENT_VARIABLES, ClientConfig, ClientFlags, Config, LogFormat, VARIABLES, Variable};
 use crate::serve::{self, Stopped};
@@ -108,11 +110,13 @@ enum Holds {
         #[arg(long)]
         state: Option<String>,
     },
-    /// Show one hold with what is needed to look it up at Stripe
+    /// Show one hold with what is needed to look it up at Stripe, and what was looked for already
     Show {
         /// hold_…
         id: String,
     },
+    /// Say what became of a call in doubt, one or all that a filter leaves; it is recorded with the reason
+    Resolve(Box<Resolve>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -136,6 +140,14 @@ enum Calls {
     Show {
         /// call_…
         id: String,
+    },
+    /// Take back a call that is over, so that the same call can be made again; it is recorded with the reason
+    Forget {
+        /// call_…
+        id: String,
+        /// Why, for the audit log
+        #[arg(long)]
+        reason: String,
     },
 }
 
@@ -320,6 +332,7 @@ async fn holds(command: Holds, target: &Target) -> Result<ExitCode> {
         Holds::Show { id } => {
             show_object(&client.get(&format!("/admin/holds/{id}"), &[]).await?, target.json);
         }
+        Holds::Resolve(resolve) => return operator::resolve(&client, *resolve, target.json).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -347,6 +360,10 @@ async fn calls(command: Calls, target: &Target) -> Result<ExitCode> {
         }
         Calls::Show { id } => {
             show_object(&client.get(&format!("/admin/calls/{id}"), &[]).await?, target.json);
+        }
+        Calls::Forget { id, reason } => {
+            let path = format!("/admin/calls/{id}/forget");
+            show_object(&client.post(&path, &json!({ "reason": reason })).await?, target.json);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -55,12 +55,17 @@ impl FreeRequest {
 
     /// The read of an object that a request is about, of the same account.
     pub fn look(look: &Look, request: &ExactRequest) -> Self {
+        Self::read(look.path.clone(), look.params.clone(), request.account.clone())
+    }
+
+    /// Any other read of the sidecar's own.
+    pub fn read(path: String, params: Vec<(String, String)>, account: Option<String>) -> Self {
         Self(ExactRequest {
             method: "GET".to_owned(),
-            path: look.path.clone(),
-            params: look.params.clone(),
+            path,
+            params,
             version: Some(READ_VERSION.to_owned()),
-            account: request.account.clone(),
+            account,
             idempotency_key: None,
         })
     }

@@ -8,7 +8,7 @@
 use minicbor::{Decode, Encode};
 
 use crate::id::{BootId, BudgetId, CallId, HoldId, IssuerId, KeyId};
-use crate::money::{Currency, MicroUsd, Rate};
+use crate::money::{Currency, MicroUsd, Money, Rate};
 use crate::time::{Day, UnixMs};
 
 /// Where a hold stands.
@@ -155,9 +155,41 @@ pub struct Hold {
     #[n(21)]
     #[cbor(default)]
     pub moved_before: u64,
+    /// What was looked for at the vendor to end its doubt.
+    #[n(22)]
+    pub search: Option<Search>,
+    /// Whether what is held is only what the key allows for one call.
+    #[n(23)]
+    #[cbor(default)]
+    pub is_ceiling: bool,
+}
+
+/// What was looked for at the vendor, and what came of it: for the operator who has to decide.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Search {
+    /// How often.
+    #[n(0)]
+    pub times: u32,
+    /// When first.
+    #[n(1)]
+    pub first_at: UnixMs,
+    /// When last.
+    #[n(2)]
+    pub last_at: UnixMs,
+    /// The read.
+    #[n(3)]
+    pub read: String,
+    /// What the last one came to.
+    #[n(4)]
+    pub came_to: String,
 }
 
 impl Hold {
+    /// What is held; `None` for a call whose price is not known.
+    pub fn money(&self) -> Option<Money> {
+        self.currency.map(|currency| Money { minor: self.minor, currency })
+    }
+
     /// What an amount in its minor units counts against the caps; `None` when it is too large to count.
     pub fn to_usd(&self, minor: u64) -> Option<MicroUsd> {
         self.rate.unwrap_or(Rate::USD).usd(minor)

@@ -7,10 +7,16 @@ use minicbor::{Decode, Encode};
 use crate::id::{BudgetId, IssuerId, KeyId};
 use crate::money::{MicroUsd, parse_amount};
 use crate::refusal::{Code, Refusal};
-use crate::time::{DAY_MS, UnixMs};
+use crate::time::{DAY_MS, SECOND_MS, UnixMs};
 
 /// The longest life of a key, in seconds: 31 days.
 pub const EXPIRES_IN_SECONDS_MAX: u64 = 2_678_400;
+/// When the same parameters are worth a new attempt after a decline, unless a key says so itself, in seconds.
+pub const RETRY_DECLINED_AFTER_S: u64 = 3_600;
+/// Requests in a second, unless a key says so itself.
+pub const REQUESTS_PER_SECOND: u32 = 25;
+/// The most requests in a second that a key may have.
+pub const REQUESTS_PER_SECOND_MAX: u32 = 10_000;
 /// Pairs of `metadata` that a key may carry.
 pub const METADATA_PAIRS_MAX: usize = 20;
 
@@ -77,6 +83,13 @@ pub struct Key {
     #[n(18)]
     #[cbor(default)]
     pub stop_budget_on_refusal: bool,
+    /// In `content` mode, when the same parameters are worth a new attempt after a decline, in seconds; the default when
+    /// `None`.
+    #[n(19)]
+    pub retry_declined_after_s: Option<u64>,
+    /// Requests that it may make in a second; the default when `None`.
+    #[n(20)]
+    pub requests_per_second: Option<u32>,
 }
 
 /// A parameter that must have one of some values, or lie between bounds.
@@ -294,6 +307,16 @@ impl Key {
     /// What a parameter must be.
     pub fn constraint_on(&self, param: &str) -> Option<&Constraint> {
         self.constraints.iter().find(|constraint| constraint.param == param)
+    }
+
+    /// When the same parameters are worth a new attempt after a decline, in milliseconds.
+    pub fn retry_declined_after_ms(&self) -> u64 {
+        self.retry_declined_after_s.unwrap_or(RETRY_DECLINED_AFTER_S).saturating_mul(SECOND_MS)
+    }
+
+    /// Requests that it may make in a second.
+    pub fn rate(&self) -> u32 {
+        self.requests_per_second.unwrap_or(REQUESTS_PER_SECOND)
     }
 
     /// Whether no dollar cap bounds what it may move.

@@ -29,8 +29,8 @@ use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
-use crate::ledger::rules::Admit;
-use crate::ledger::rules::resolve::Resolve;
+use crate::ledger::rules::resolve::{EndDoubt, Resolve};
+use crate::ledger::rules::{Admit, Executed};
 use crate::ledger::writer::Command;
 use crate::money::Money;
 use crate::refusal::Refusal;
@@ -143,7 +143,7 @@ impl Held {
             hold_id: hold.id,
             call_id: hold.call_id,
             request: live.request.clone(),
-            money: hold.currency.map(|currency| Money { minor: hold.minor, currency }),
+            money: hold.money(),
             basis,
             first_send: attempt.sends <= 1,
             resend_until: attempt
@@ -168,8 +168,21 @@ pub enum Admitted {
     },
     /// The object's own record has to be read first: nothing is written, ask again with it.
     Look,
+    /// It was executed, and its answer was never seen: tell its object.
+    Tell(Box<Executed>),
     /// No.
     Refused(Refusal),
+}
+
+/// What became of an attempt to end a doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It ended.
+    Ended,
+    /// It was over before.
+    NotInDoubt,
+    /// The object is another hold's: one object, one hold.
+    OfAnother,
 }
 
 /// Who asks for a change by hand, and how it is recorded.
@@ -295,6 +308,40 @@ impl Ledger {
         record: Record,
     ) -> Result<(), LedgerError> {
         self.ask(|reply| Command::Observe { account, object, facts: Box::new(facts), record, reply }).await
+    }
+
+    /// Ends a doubt by what was found at Stripe, or by what an operator says.
+    ///
+    /// # Errors
+    /// [`LedgerError::NotFound`], or the hold stays in doubt.
+    pub async fn end_doubt(&self, hold_id: HoldId, end: EndDoubt) -> Result<Ending, LedgerError> {
+        self.ask(|reply| Command::EndDoubt { hold_id, end: Box::new(end), reply }).await
+    }
+
+    /// Keeps what was looked for at Stripe to end a doubt.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it is not kept.
+    pub async fn note_search(
+        &self,
+        hold_id: HoldId,
+        read: String,
+        came_to: String,
+    ) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::NoteSearch { hold_id, read, came_to, reply }).await
+    }
+
+    /// Takes a call back, so that the same call can be made again. `None` while it is held or in doubt.
+    ///
+    /// # Errors
+    /// [`LedgerError::NotFound`], or the call stays as it was.
+    pub async fn forget_call(
+        &self,
+        call_id: CallId,
+        reason: String,
+        actor: Actor,
+    ) -> Result<Option<Call>, LedgerError> {
+        self.ask(|reply| Command::ForgetCall { call_id, reason, actor, reply }).await
     }
 
     /// Records a refusal, or counts it with its equals of the same minute.

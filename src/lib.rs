@@ -39,7 +39,7 @@
 //! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
 //! | 2 ledger | [`ledger`] | `rules` are pure; `redb` loads, asks them and stores; `writer` commits in batches |
 //! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`telemetry`] | the outside world |
-//! | 4 services | [`proxy`] [`admin`] [`ops`] | one request each |
+//! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] | one request each; doubts |
 //! | 5 settings | [`config`] | the environment, read once and checked whole |
 //! | 6 program | [`serve`] [`cli`] | how it is put together, started and asked |
 //!
@@ -84,6 +84,7 @@ pub mod telemetry;
 pub mod proxy;
 pub mod admin;
 pub mod ops;
+pub mod recover;
 
 pub mod config;
 

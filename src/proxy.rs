@@ -6,6 +6,7 @@
 pub mod flights;
 pub mod look;
 pub mod money;
+pub mod rate;
 pub mod read;
 pub mod reply;
 
@@ -16,6 +17,7 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
 use hyper::{Request, Response};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
@@ -27,9 +29,10 @@ use crate::fx::Table;
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::{Constraint, Key};
-use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch};
+use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch, too_soon};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::proxy::flights::Flights;
+use crate::proxy::rate::Buckets;
 use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
 use crate::random;
 use crate::refusal::{Code, Refusal};
@@ -44,6 +47,8 @@ use crate::vendor::stripe::request::{self, Exchange, Reading};
 use crate::vendor::stripe::rules::{self, Effect};
 use crate::vendor::stripe::secrets;
 
+/// Bodies of all requests in progress together, in KiB.
+const ROOM_KIB: usize = 256 * 1_024;
 /// The longest path that a record shows of a request that could not be read.
 const PATH_SHOWN_MAX: usize = 200;
 
@@ -71,6 +76,8 @@ pub struct Proxy {
     flights: Flights,
     tracker: TaskTracker,
     fx: RwLock<Arc<Table>>,
+    buckets: Buckets,
+    room: Arc<Semaphore>,
 }
 
 /// One request on its way.
@@ -130,6 +137,8 @@ impl Proxy {
             flights: Flights::default(),
             tracker: TaskTracker::new(),
             fx: RwLock::new(Arc::new(fx)),
+            buckets: Buckets::default(),
+            room: Arc::new(Semaphore::new(ROOM_KIB)),
         }
     }
 
@@ -267,6 +276,12 @@ impl Proxy {
         body: Incoming,
     ) -> Result<Reply, (No, Facts)> {
         let unread = unread_facts(head, path, &course.request_id);
+        // Held until the request is answered: its body is kept as long.
+        let room = self.room_for(head);
+        if room.is_none() {
+            drain_body(body, read::DRAIN_BYTES_MAX, Duration::from_millis(read::DRAIN_MS)).await;
+            return Err((overloaded().into(), unread));
+        }
         let body = read::body(&head.headers, body, self.config.body_bytes_max).await;
         let early = self.may_serve(key).and_then(|estate| Ok((estate, body?)));
         let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread.clone()))?;
@@ -290,6 +305,15 @@ impl Proxy {
             Effect::Unpriced => self.spend(course, key, &reading, None, &estate).await,
         };
         answer.map_err(|no| (no, facts))
+    }
+
+    /// Room for a request's body, or for the largest one where its length is not told; `None` when there is none left.
+    fn room_for(&self, head: &Parts) -> Option<OwnedSemaphorePermit> {
+        let length = head.headers.get(hyper::header::CONTENT_LENGTH);
+        let told = length.and_then(|value| value.to_str().ok()?.parse().ok());
+        let largest = if head.method == hyper::Method::GET { 0 } else { self.config.body_bytes_max };
+        let kib = told.unwrap_or(largest).min(self.config.body_bytes_max) / 1_024 + 1;
+        Arc::clone(&self.room).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX)).ok()
     }
 
     /// Constraints that a cancel leaves to its object: the ledger knows it, or it is read.
@@ -347,6 +371,9 @@ impl Proxy {
         effect: Effect,
         facts: &Facts,
     ) -> Result<Reply, No> {
+        if !self.buckets.take(key, Instant::now()) {
+            return Err(too_soon(key).into());
+        }
         let request = ExactRequest { idempotency_key: reading.caller_key.clone(), ..reading.exact_request() };
         let Some(request) = FreeRequest::new(effect, request) else {
             return Err(Refusal::new(Code::AmountUnknown, "This call moves money.").into());
@@ -464,6 +491,13 @@ fn unreachable(why: &str, timed_out: bool) -> Refusal {
     let message =
         format!("Stripe could not be reached, or did not answer ({why}). No money was meant to move.");
     Refusal { status, ..Refusal::new(Code::UpstreamUnreachable, message) }
+}
+
+fn overloaded() -> Refusal {
+    Refusal::new(
+        Code::Overloaded,
+        "Too many requests are in progress here. Nothing was held or sent; try again in a moment.",
+    )
 }
 
 fn own_key_refused() -> Refusal {

@@ -59,7 +59,7 @@ codes! {
     Conflict = "conflict", 409, false,
         "The thing named is not in a state in which this can be done.";
     CurrencyNotAllowed = "currency_not_allowed", 403, false,
-        "Only amounts in USD can be counted against a cap.";
+        "Only amounts in USD, and in currencies that have a rate, can be counted against a cap.";
     EncodingNotAllowed = "encoding_not_allowed", 415, false,
         "The body is compressed, or not of the content type that the operation takes.";
     EndpointNotAllowed = "endpoint_not_allowed", 403, false,
@@ -84,10 +84,14 @@ codes! {
         "The Stripe account is not verified yet, or the process is stopping; nothing was forwarded.";
     OutcomeUnknown = "outcome_unknown", 502, true,
         "Stripe may have executed the call. The money stays counted until the outcome is known.";
+    Overloaded = "overloaded", 503, true,
+        "Too many requests are in progress at this sidecar; nothing was held or forwarded.";
     ParameterInvalid = "parameter_invalid", 400, false,
         "A parameter or header is missing, malformed or out of bounds.";
     ParameterNotAllowed = "parameter_not_allowed", 403, false,
         "A parameter that the key does not grant: it sends money elsewhere, carries card data or reaches other objects.";
+    RateLimited = "rate_limited", 429, true,
+        "The key makes more requests in a second than it may.";
     RequestAmbiguous = "request_ambiguous", 400, false,
         "The request could be read in more than one way.";
     RequestTimeout = "request_timeout", 408, true,
@@ -116,6 +120,7 @@ impl Code {
             Self::LedgerUnavailable
             | Self::NotReady
             | Self::OutcomeUnknown
+            | Self::Overloaded
             | Self::UpstreamKeyRefused
             | Self::UpstreamUnreachable => "api_error",
             Self::AccountNotAllowed
@@ -137,6 +142,7 @@ impl Code {
             | Self::NotFound
             | Self::ParameterInvalid
             | Self::ParameterNotAllowed
+            | Self::RateLimited
             | Self::RequestAmbiguous
             | Self::RequestTimeout
             | Self::SpendCapExceeded

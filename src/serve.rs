@@ -27,6 +27,7 @@ use crate::money::MicroUsd;
 use crate::ops::Ops;
 use crate::proxy::{Proxy, ProxyConfig};
 use crate::random;
+use crate::recover::Recovery;
 use crate::server::{self, Limits, Listeners, ReplyBody};
 use crate::telemetry::Metrics;
 use crate::time::{Clock, UnixMs};
@@ -82,6 +83,7 @@ struct Sidecar {
     proxy: Arc<Proxy>,
     admin: Arc<Admin>,
     ops: Arc<Ops>,
+    metrics: Metrics,
     tls: Option<Arc<ServerTls>>,
 }
 
@@ -111,6 +113,7 @@ pub async fn run(
     let stop = CancellationToken::new();
     spawn_upkeep(&sidecar, &stop);
     spawn_fx_look(&sidecar, &config, &stop);
+    spawn_recovery(&sidecar, &stop);
     spawn_reload(&sidecar, reload, hangup, &stop);
     let elsewhere = spawn_settling(&sidecar, configured, settled);
     let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
@@ -181,7 +184,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         ledger.clone(),
         Arc::clone(&forwarder),
         Arc::clone(&account),
-        metrics,
+        metrics.clone(),
         config.fx.clone(),
     ));
     tell_rates(&config.fx, now);
@@ -191,9 +194,10 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         clock: Arc::clone(&watch),
         admin_keys: RwLock::new(config.admin_keys.clone()),
         remember_days: u32::from(config.remember_days),
+        metrics: metrics.clone(),
     });
     let ops = Arc::new(Ops { ledger: ledger.clone(), account: Arc::clone(&account), clock: watch, registry });
-    Ok(Sidecar { ledger, forwarder, account, proxy, admin, ops, tls })
+    Ok(Sidecar { ledger, forwarder, account, proxy, admin, ops, metrics, tls })
 }
 
 #[expect(clippy::disallowed_methods, reason = "certificates are dated by the machine's clock")]
@@ -240,6 +244,17 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
             }
         }
     });
+}
+
+/// Asks Stripe what became of doubts and open objects, until the process stops.
+fn spawn_recovery(sidecar: &Sidecar, stop: &CancellationToken) {
+    let recovery = Recovery {
+        ledger: sidecar.ledger.clone(),
+        forwarder: Arc::clone(&sidecar.forwarder),
+        account: Arc::clone(&sidecar.account),
+        metrics: sidecar.metrics.clone(),
+    };
+    tokio::spawn(recovery.run(stop.clone()));
 }
 
 /// Takes over the rates of other currencies whenever their file changes.

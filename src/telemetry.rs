@@ -25,6 +25,16 @@ pub struct OutcomeLabels {
     pub outcome: &'static str,
 }
 
+/// How a doubt ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EndLabels {
+    /// `answer` (of the same call, sent again), `record` (Stripe's own) or `operator`.
+    pub by: &'static str,
+}
+
+/// Upper bounds of the ages of replays, in seconds: a minute, an hour, a day, Stripe's memory, a week, a month.
+const AGES: [f64; 6] = [60.0, 3_600.0, 82_800.0, 86_400.0, 604_800.0, 2_592_000.0];
+
 /// What is counted.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -32,6 +42,12 @@ pub struct Metrics {
     pub calls: Family<DecisionLabels, Counter>,
     /// Money calls by outcome.
     pub outcomes: Family<OutcomeLabels, Counter>,
+    /// Doubts that came up.
+    pub doubts_opened: Counter,
+    /// Doubts that ended.
+    pub doubts_settled: Family<EndLabels, Counter>,
+    /// How old the answers were that were given again.
+    pub replay_age_seconds: Histogram,
     /// Requests with a key that nobody knows.
     pub unknown_keys: Counter,
     /// From acceptance to answer.
@@ -46,6 +62,9 @@ impl Default for Metrics {
         Self {
             calls: Family::default(),
             outcomes: Family::default(),
+            doubts_opened: Counter::default(),
+            doubts_settled: Family::default(),
+            replay_age_seconds: Histogram::new(AGES),
             unknown_keys: Counter::default(),
             request_seconds: histogram(),
             upstream_seconds: histogram(),
@@ -58,6 +77,15 @@ impl Metrics {
     pub fn register(&self, registry: &mut Registry) {
         registry.register("keybrake_calls", "Proxied calls by decision and code", self.calls.clone());
         registry.register("keybrake_outcomes", "Money calls by what became of them", self.outcomes.clone());
+        registry.register(
+            "keybrake_doubts_opened",
+            "Money calls that came to be in doubt",
+            self.doubts_opened.clone(),
+        );
+        let settled = self.doubts_settled.clone();
+        registry.register("keybrake_doubts_settled", "Doubts that ended, by what ended them", settled);
+        let age = self.replay_age_seconds.clone();
+        registry.register("keybrake_replay_age_seconds", "Age of answers that were given again", age);
         let unknown = self.unknown_keys.clone();
         registry.register("keybrake_unknown_keys", "Requests with a key that is not known here", unknown);
         let request = self.request_seconds.clone();

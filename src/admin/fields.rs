@@ -9,6 +9,9 @@ use serde_json::value::RawValue;
 use crate::money::MicroUsd;
 use crate::refusal::{Code, Refusal};
 
+/// Characters of a reason.
+const REASON_CHARS_MAX: usize = 500;
+
 /// The fields of one object that nobody has taken yet.
 #[derive(Debug)]
 pub struct Fields(Vec<(String, Box<RawValue>)>);
@@ -88,6 +91,18 @@ impl Fields {
         MicroUsd::parse_dollars(&text).map(Some).map_err(|why| invalid(name, why.to_string()))
     }
 
+    /// Takes the reason that every change by hand must have.
+    ///
+    /// # Errors
+    /// `parameter_invalid`.
+    pub fn reason(&mut self) -> Result<String, Refusal> {
+        let reason: String = self.need("reason", "a sentence for the audit log")?;
+        if reason.trim().is_empty() || reason.chars().count() > REASON_CHARS_MAX {
+            return Err(invalid("reason", format!("must have 1 to {REASON_CHARS_MAX} characters")));
+        }
+        Ok(reason)
+    }
+
     /// Takes a field that is an object, in the order of its names; an absent one is empty.
     ///
     /// # Errors
@@ -120,13 +135,10 @@ impl Fields {
     /// Refuses what nobody took.
     ///
     /// # Errors
-    /// `parameter_invalid`; fields of `later` are known, and not built yet.
-    pub fn finish(self, later: &[&str]) -> Result<(), Refusal> {
+    /// `parameter_invalid`.
+    pub fn finish(self) -> Result<(), Refusal> {
         match self.0.first() {
             None => Ok(()),
-            Some((name, _)) if later.contains(&name.as_str()) => {
-                Err(invalid(name, "is not supported by this version".to_owned()))
-            }
             Some((name, _)) => Err(invalid(name, "is not a known field".to_owned())),
         }
     }

@@ -7,7 +7,8 @@ use crate::hold::Lane;
 use crate::id::{IssuerId, KeyId};
 use crate::issuer::Issuer;
 use crate::key::{
-    Caps, Constraint, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX, Rule,
+    Caps, Constraint, EXPIRES_IN_SECONDS_MAX, Grant, Idempotency, Key, METADATA_PAIRS_MAX,
+    REQUESTS_PER_SECOND_MAX, Rule,
 };
 use crate::ledger::entry::written;
 use crate::money::MicroUsd;
@@ -30,8 +31,8 @@ const TEXT_CHARS_MAX: usize = 500;
 const IDENTITY_FIELDS_MAX: usize = 10;
 /// Days that answers may be remembered: longer than Stripe remembers keys.
 const REMEMBER_DAYS: std::ops::RangeInclusive<u32> = 2..=400;
-/// Fields of the contract that later versions bring.
-const LATER: &[&str] = &["retry_declined_after_seconds", "requests_per_second"];
+/// When a declined call is worth a new attempt, in seconds: up to 30 days.
+const RETRY_DECLINED_AFTER_S: std::ops::RangeInclusive<u64> = 1..=2_592_000;
 /// Constraints of one key, and values of one constraint.
 const CONSTRAINTS_MAX: usize = 20;
 /// Values that one constraint may list.
@@ -91,11 +92,13 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
     if budget.as_deref().is_some_and(|name| !name.chars().all(plain) || [".", ".."].contains(&name)) {
         return Err(invalid("budget", "may have letters, digits and - _ . : @ only: it is part of a path"));
     }
+    let retry_declined_after_s = retry_declined_after_s(&mut fields, &idempotency)?;
+    let requests_per_second = requests_per_second(&mut fields)?;
     let stop_budget_on_refusal = fields.take("stop_budget_on_refusal", "true or false")?.unwrap_or(false);
     if stop_budget_on_refusal && budget.is_none() {
         return Err(invalid("stop_budget_on_refusal", "needs a \"budget\""));
     }
-    fields.finish(LATER)?;
+    fields.finish()?;
     Ok(Key {
         id: birth.id,
         digest: birth.digest.0,
@@ -116,7 +119,28 @@ pub fn key_of(body: &[u8], birth: Birth) -> Result<Key, Refusal> {
         constraints,
         accounts,
         stop_budget_on_refusal,
+        retry_declined_after_s,
+        requests_per_second,
     })
+}
+
+fn retry_declined_after_s(fields: &mut Fields, idempotency: &Idempotency) -> Result<Option<u64>, Refusal> {
+    let given: Option<u64> = fields.take("retry_declined_after_seconds", "a whole number of seconds")?;
+    if given.is_some_and(|seconds| !RETRY_DECLINED_AFTER_S.contains(&seconds)) {
+        return Err(invalid("retry_declined_after_seconds", "must be from 1 to 2592000 (30 days)"));
+    }
+    if given.is_some() && idempotency.minds_caller_key() {
+        return Err(invalid("retry_declined_after_seconds", "needs \"idempotency\": \"content\""));
+    }
+    Ok(given)
+}
+
+fn requests_per_second(fields: &mut Fields) -> Result<Option<u32>, Refusal> {
+    let given: Option<u32> = fields.take("requests_per_second", "a whole number")?;
+    if given.is_some_and(|rate| !(1..=REQUESTS_PER_SECOND_MAX).contains(&rate)) {
+        return Err(invalid("requests_per_second", format!("must be from 1 to {REQUESTS_PER_SECOND_MAX}")));
+    }
+    Ok(given)
 }
 
 /// Reads an issuer key's bounds.
@@ -154,7 +178,7 @@ pub fn issuer_of(body: &[u8], id: IssuerId, digest: KeyDigest, now: UnixMs) -> R
         return Err(invalid("idempotency", "must be \"required\", \"client\" or \"content\""));
     }
     let constraints = constraints(&mut fields)?;
-    fields.finish(&[])?;
+    fields.finish()?;
     Ok(Issuer {
         id,
         digest: digest.0,
@@ -409,6 +433,10 @@ pub fn policy(key: &Key, now: UnixMs) -> Map<String, Value> {
     set("idempotency_scope", scope);
     set("idempotency_fields", fields);
     set("remember_days", Value::from(key.remember_days));
+    let retry_declined =
+        (!key.idempotency.minds_caller_key()).then(|| key.retry_declined_after_ms() / SECOND_MS);
+    set("retry_declined_after_seconds", retry_declined.map_or(Value::Null, Value::from));
+    set("requests_per_second", Value::from(key.rate()));
     set("client_secrets", Value::from(key.client_secrets));
     set("constraints", written(&key.constraints));
     set("accounts", json!(key.accounts));

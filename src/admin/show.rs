@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::call::{Call, CallState};
-use crate::hold::{Hold, Lane, Subject};
+use crate::hold::{Hold, HoldState, Lane, Search, Subject};
 use crate::id::BudgetId;
 use crate::issuer::Issuer;
 use crate::key::Key;
@@ -106,7 +106,33 @@ pub fn hold(hold: &Hold, call: Option<&Call>) -> Value {
         "stamp": attempt.and_then(|attempt| attempt.stamp.as_deref()),
         "first_send": attempt.map(|attempt| attempt.first_send.to_string()),
         "last_send": attempt.map(|attempt| attempt.last_send.to_string()),
+        "saw_5xx": attempt.map(|attempt| attempt.saw_5xx),
+        "search": hold.search.as_ref().map(search),
+        "resolve_with": (hold.state == HoldState::Doubt).then(|| resolve_with(hold)),
     })
+}
+
+/// What recovery has looked for at Stripe, and what came of it.
+fn search(search: &Search) -> Value {
+    json!({
+        "times": search.times,
+        "first_at": search.first_at.to_string(),
+        "last_at": search.last_at.to_string(),
+        "read": search.read,
+        "came_to": search.came_to,
+    })
+}
+
+/// The command that ends a doubt, either way.
+fn resolve_with(hold: &Hold) -> [String; 2] {
+    let resolve = format!("keybrake holds resolve {}", hold.id);
+    [
+        format!(
+            "{resolve} --outcome spent --amount {} --object-id ID --reason \"found in the Dashboard\"",
+            hold.minor
+        ),
+        format!("{resolve} --outcome not-executed --reason \"not in the Dashboard, and older than a day\""),
+    ]
 }
 
 /// One call.

@@ -240,6 +240,27 @@ impl RedbStore {
         Ok(found.map(|bytes| row::decode(bytes.value())).transpose()?.unwrap_or_default())
     }
 
+    /// Doubts and open holds, at most so many.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when the ledger cannot be read.
+    pub fn unsettled_holds(&self, limit: usize) -> Result<Vec<Hold>, LedgerError> {
+        let txn = self.read()?;
+        let table = open_or!(txn, HOLDS, Vec::new());
+        let mut holds = Vec::new();
+        for found in table.range((PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]))? {
+            let hold: Hold = row::decode(found?.1.value())?;
+            match hold.state {
+                HoldState::Doubt | HoldState::Open => holds.push(hold),
+                HoldState::Sending { .. } | HoldState::Spent | HoldState::Void => {}
+            }
+            if holds.len() == limit {
+                break;
+            }
+        }
+        Ok(holds)
+    }
+
     /// Live holds, newest first, with their calls; of one state when it is named.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! The ledger in one redb file: load, ask the rules, store, in one write transaction for each batch.
 
+mod endings;
 mod grants;
 pub(crate) mod tx;
 pub(crate) mod upkeep;
@@ -310,9 +311,12 @@ fn refuse_command(command: Command, error: &LedgerError) {
         Command::ResumeBudget { reply, .. } => tell(reply, error),
         Command::Bind { reply, .. } => tell(reply, error),
         Command::LowerClock { reply, .. } => tell(reply, error),
+        Command::EndDoubt { reply, .. } => tell(reply, error),
+        Command::ForgetCall { reply, .. } => tell(reply, error),
         Command::Resolve { reply, .. }
         | Command::CreateIssuer { reply, .. }
         | Command::Observe { reply, .. }
+        | Command::NoteSearch { reply, .. }
         | Command::Refused { reply, .. }
         | Command::Record { reply, .. }
         | Command::IssueKey { reply, .. }
@@ -340,6 +344,13 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
         }
         Command::ResumeBudget { issuer, name, reason, actor, reply } => {
             answer(reply, tx.resume_budget(issuer, &name, &reason, &actor, now))
+        }
+        Command::EndDoubt { hold_id, end, reply } => answer(reply, tx.end_doubt(hold_id, &end, now)),
+        Command::NoteSearch { hold_id, read, came_to, reply } => {
+            answer(reply, tx.note_search(hold_id, &read, &came_to, now))
+        }
+        Command::ForgetCall { call_id, reason, actor, reply } => {
+            answer(reply, tx.forget_call(call_id, &reason, &actor, now))
         }
         Command::Observe { account, object, facts, record, reply } => {
             answer(reply, tx.observe(&account, &object, &facts, record, now))
@@ -388,6 +399,7 @@ fn admit_call(
             Ok(Admitted::Replay { call_id, answer })
         }
         Verdict::Look => Ok(Admitted::Look),
+        Verdict::Tell(executed) => Ok(Admitted::Tell(executed)),
         Verdict::Refuse(refusal) => {
             tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
             // The limit of one call is the caller's own; all other caps are the payer's.

@@ -11,8 +11,7 @@ pub mod resolve;
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::call::{
-    ATTEMPTS_MAX, Attempt, Call, CallState, KeyBasis, RETRY_DECLINED_AFTER_MS, StoredAnswer,
-    first_difference, stamp, upstream_key,
+    ATTEMPTS_MAX, Attempt, Call, CallState, KeyBasis, StoredAnswer, first_difference, stamp, upstream_key,
 };
 use crate::hold::{Base, ExactRequest, Hold, HoldState, LiveCall};
 use crate::id::{BootId, CallId, HoldId};
@@ -40,6 +39,8 @@ pub struct Admit {
     pub hold_id: HoldId,
     /// The run of this process.
     pub boot: BootId,
+    /// Whether the key's rate lets another request through to the vendor.
+    pub may_go: bool,
     /// From acceptance to here, milliseconds.
     pub duration_ms: u64,
 }
@@ -103,8 +104,25 @@ pub enum Verdict {
     Replay(CallId, Box<Effects>),
     /// Read the object first, and ask again with what its record says.
     Look,
+    /// It was executed, and no answer of it is kept: answer with its object, where that can be read.
+    Tell(Box<Executed>),
     /// Answer with the refusal.
     Refuse(Refusal),
+}
+
+/// A call that was executed, and whose answer was never seen here.
+#[derive(Clone, Debug)]
+pub struct Executed {
+    /// The call.
+    pub call_id: CallId,
+    /// Its operation.
+    pub operation: String,
+    /// Its object.
+    pub object_id: String,
+    /// When it was sent.
+    pub at: UnixMs,
+    /// The answer where the object cannot be read.
+    pub refusal: Refusal,
 }
 
 /// Judges a money call.
@@ -128,6 +146,8 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
     keeps_constraints(&to_keep, state.object_hold, intent.seen.as_ref())?;
     let attempt = match same_call(state, intent, now)? {
         Same::Replay(call) => return Ok(replay(state, command, call, now)),
+        Same::Tell(executed) => return Ok(Verdict::Tell(executed)),
+        _ if !command.may_go => return Err(too_soon(state.key)),
         Same::Resend(call, hold) => return resend(state, command, call, hold, now),
         Same::New => NewAttempt { call: None, n: 1 },
         Same::Again(call, n) => NewAttempt { call: Some(call), n },
@@ -139,6 +159,17 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
     limits::fits(state, &reserve, now)?;
     // From here it succeeds.
     Ok(send(state, command, &attempt, &reserve, now))
+}
+
+/// The refusal of a request that comes too soon after the key's others.
+pub fn too_soon(key: &Key) -> Refusal {
+    Refusal::new(
+        Code::RateLimited,
+        format!(
+            "This vault key may make {} requests in a second (requests_per_second). Try again in a moment.",
+            key.rate()
+        ),
+    )
 }
 
 /// The refusal of a key whose issuer was revoked: it may not outlive it.
@@ -198,6 +229,7 @@ enum Same<'a> {
     New,
     Again(&'a Call, u32),
     Replay(&'a Call),
+    Tell(Box<Executed>),
     Resend(&'a Call, &'a Hold),
 }
 
@@ -222,14 +254,16 @@ fn same_call<'a>(state: &Loaded<'a>, intent: &Intent, now: UnixMs) -> Result<Sam
     match call.state {
         CallState::InFlight => Err(in_use("This call is being made right now; its answer is not known yet.")),
         CallState::Spent | CallState::Open if remembered => Ok(Same::Replay(call)),
-        CallState::Spent | CallState::Open => Err(already_executed(call)),
+        CallState::Spent | CallState::Open => tell(call),
         CallState::Doubt => match state.call_hold {
             Some(hold) if call.may_resend(now, state.resend_floor) => Ok(Same::Resend(call, hold)),
             _ => Err(Refusal::outcome_unknown(false, false, doubt_text(call))),
         },
-        CallState::Declined if call.by_content => next_after_decline(call, differs, now, intent),
+        CallState::Declined if call.by_content => next_after_decline(call, differs, now, state.key, intent),
         CallState::Refused if call.by_content => Ok(Same::Again(call, last_n(call).saturating_add(1))),
-        CallState::NotExecuted if call.by_content => next_after_no_execution(call, differs, now, intent),
+        CallState::NotExecuted if call.by_content => {
+            next_after_no_execution(call, differs, now, state.key, intent)
+        }
         CallState::Declined | CallState::Refused | CallState::NotExecuted | CallState::Forgotten => {
             Ok(Same::Again(call, last_n(call).saturating_add(1)))
         }
@@ -242,11 +276,12 @@ fn next_after_no_execution<'a>(
     call: &'a Call,
     differs: bool,
     now: UnixMs,
+    key: &Key,
     intent: &Intent,
 ) -> Result<Same<'a>, Refusal> {
     match call.last_attempt() {
         Some(attempt) if attempt.sends > 0 => Ok(Same::Again(call, attempt.n.saturating_add(1))),
-        Some(attempt) if attempt.declined_at.is_some() => next_after_decline(call, differs, now, intent),
+        Some(attempt) if attempt.declined_at.is_some() => next_after_decline(call, differs, now, key, intent),
         Some(_) | None => Ok(Same::Again(call, last_n(call))),
     }
 }
@@ -257,11 +292,12 @@ fn next_after_decline<'a>(
     call: &'a Call,
     differs: bool,
     now: UnixMs,
+    key: &Key,
     intent: &Intent,
 ) -> Result<Same<'a>, Refusal> {
     let n = last_n(call);
     let declined_at = call.last_attempt().and_then(|attempt| attempt.declined_at).unwrap_or(call.created_at);
-    let waited = now.millis_since(declined_at) >= RETRY_DECLINED_AFTER_MS;
+    let waited = now.millis_since(declined_at) >= key.retry_declined_after_ms();
     match (differs, n < ATTEMPTS_MAX) {
         (true, true) => Ok(Same::Again(call, n.saturating_add(1))),
         (true, false) => Err(other_parameters(call, intent)),
@@ -296,6 +332,18 @@ fn already_executed(call: &Call) -> Refusal {
         Code::AlreadyExecuted,
         format!("This call was executed as {object} (call {}); its answer is no longer kept.", call.id),
     )
+}
+
+fn tell<'a>(call: &Call) -> Result<Same<'a>, Refusal> {
+    let refusal = already_executed(call);
+    let Some(object_id) = call.object_id.clone() else { return Err(refusal) };
+    Ok(Same::Tell(Box::new(Executed {
+        call_id: call.id,
+        operation: call.operation.clone(),
+        object_id,
+        at: call.last_attempt().map_or(call.created_at, |attempt| attempt.first_send),
+        refusal,
+    })))
 }
 
 fn doubt_text(call: &Call) -> String {
@@ -493,6 +541,8 @@ fn held(
         object_over: false,
         rate: (reserve.rate != Rate::USD).then_some(reserve.rate),
         moved_before: reserve.moved_before,
+        search: None,
+        is_ceiling: matches!(intent.claim, Claim::Ceiling { .. }),
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
-use crate::call::Record;
+use crate::call::{Call, Record};
 use crate::hold::Facts;
 use crate::id::{CallId, HoldId, IssuerId, KeyId};
 use crate::issuer::Issuer;
@@ -15,8 +15,8 @@ use crate::key::Key;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
-use crate::ledger::rules::resolve::Resolve;
-use crate::ledger::{Actor, Admitted, LedgerError, Opening};
+use crate::ledger::rules::resolve::{EndDoubt, Resolve};
+use crate::ledger::{Actor, Admitted, Ending, LedgerError, Opening};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
 
@@ -35,6 +35,9 @@ pub enum Command {
     CreateIssuer { issuer: Box<Issuer>, actor: Actor, reply: Reply<()> },
     RevokeIssuer { issuer_id: IssuerId, actor: Actor, reply: Reply<Issuer> },
     ResumeBudget { issuer: Option<IssuerId>, name: String, reason: String, actor: Actor, reply: Reply<bool> },
+    EndDoubt { hold_id: HoldId, end: Box<EndDoubt>, reply: Reply<Ending> },
+    NoteSearch { hold_id: HoldId, read: String, came_to: String, reply: Reply<()> },
+    ForgetCall { call_id: CallId, reason: String, actor: Actor, reply: Reply<Option<Call>> },
     Observe { account: String, object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
     Refused { key_id: KeyId, facts: Box<Facts>, refusal: Box<Refusal>, duration_ms: u64, reply: Reply<()> },
     Record { entry: Box<Entry>, reply: Reply<()> },

@@ -78,6 +78,21 @@ impl Proxy {
         }
     }
 
+    /// An object as Stripe tells it now; `None` where it cannot be read.
+    pub(super) async fn read_object(
+        &self,
+        course: &mut Course,
+        request: &ExactRequest,
+        path: String,
+    ) -> Option<upstream::Answer> {
+        let deadline = course.deadline.min(Instant::now() + Duration::from_millis(LOOK_TIMEOUT_MS));
+        let read = FreeRequest::read(path, Vec::new(), request.account.clone());
+        match self.timed(course, self.forwarder.send_free(&read, deadline)).await {
+            Sent::Answered(answer) if answer.status == 200 => Some(answer),
+            Sent::Answered(_) | Sent::NotSent { .. } | Sent::Unknown { .. } => None,
+        }
+    }
+
     /// Ends the holds of items that an invoice bills, once the invoice's own hold counts them.
     pub(super) async fn note_billed(
         &self,

@@ -1,19 +1,20 @@
 //! A money call: one leader, a durable hold, one send, and what its answer proves.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderName};
-use tokio::time::timeout_at;
+use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::call::{self, Estate, Outcome, Reading as Meaning, StoredAnswer};
 use crate::id::{CallId, HoldId};
 use crate::intent::{Claim, Intent};
 use crate::key::Key;
-use crate::ledger::rules::Admit;
 use crate::ledger::rules::limits::one_call_fits;
 use crate::ledger::rules::resolve::Resolve;
+use crate::ledger::rules::{Admit, Executed};
 use crate::ledger::{Admitted, Held, entry};
 use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
 use crate::proxy::reply::{
@@ -22,9 +23,10 @@ use crate::proxy::reply::{
 use crate::proxy::{Course, No, Proxy, own_key_refused};
 use crate::random;
 use crate::refusal::{Code, Refusal};
-use crate::telemetry::OutcomeLabels;
+use crate::telemetry::{EndLabels, OutcomeLabels};
 use crate::upstream::{self, Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer, Expected};
+use crate::vendor::stripe::find;
 use crate::vendor::stripe::object::{self, Look, Purpose};
 use crate::vendor::stripe::pricing::Price;
 use crate::vendor::stripe::request::{self, Reading, Surroundings};
@@ -143,8 +145,11 @@ impl Proxy {
         let held = match self.admit(course, key, &mut work).await? {
             Admitted::Refused(refusal) => return Err(No::Recorded(refusal)),
             Admitted::Look => return Err(unreadable_object().into()),
+            Admitted::Tell(executed) => return self.tell(course, key, &work.intent, *executed).await,
             Admitted::Replay { call_id, answer } => {
                 self.metrics.decided("replayed", "");
+                let age_ms = self.ledger.now().millis_since(answer.at);
+                self.metrics.replay_age_seconds.observe(Duration::from_millis(age_ms).as_secs_f64());
                 let reply = Reply::of_stored(&answer, &course.request_id);
                 return Ok(Led { reply, shared: true, call_id });
             }
@@ -158,11 +163,46 @@ impl Proxy {
         Ok(Led { reply, shared: true, call_id })
     }
 
+    /// Answers with the object of a call that was executed and whose answer was never seen here.
+    async fn tell(
+        &self,
+        course: &mut Course,
+        key: &Key,
+        intent: &Intent,
+        executed: Executed,
+    ) -> Result<Led, No> {
+        let Executed { call_id, operation, object_id, at, refusal } = executed;
+        let path = find::object_path(&operation, &object_id);
+        let answer = match path {
+            Some(path) => self.read_object(course, &intent.request, path).await,
+            None => None,
+        };
+        let Some(answer) = answer else { return Err(refusal.into()) };
+        let mut reply = Reply::of_answer(&answer, &course.request_id);
+        let original = request_id_of(&answer).unwrap_or_default();
+        reply.mark_replayed(&original, at);
+        reply.set(REQUEST_ID, &course.request_id);
+        reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+        let entry = Entry {
+            call_id: Some(call_id.to_string()),
+            decision: Some(Decision::Replayed),
+            outcome: Some(RecordedOutcome::None),
+            object_id: Some(object_id),
+            duration_ms: Some(course.elapsed_ms()),
+            ..entry::of_request(self.ledger.now(), Event::Replayed, key, &intent.facts)
+        };
+        self.ledger.record(entry).await?;
+        self.metrics.decided("replayed", "");
+        Ok(Led { reply, shared: true, call_id })
+    }
+
     /// Asks the ledger, and once more with what the object's record says when only that tells the price.
     async fn admit(&self, course: &mut Course, key: &Key, work: &mut Work) -> Result<Admitted, No> {
         loop {
             let now = self.ledger.now();
+            let may_go = self.buckets.take(key, Instant::now());
             let admit = Admit {
+                may_go,
                 intent: work.intent.clone(),
                 call_id: CallId::new(now, random::bytes()),
                 hold_id: HoldId::new(now, random::bytes()),
@@ -170,6 +210,9 @@ impl Proxy {
                 duration_ms: course.elapsed_ms(),
             };
             let admitted = self.ledger.admit(key.id, admit).await?;
+            if may_go && !matches!(admitted, Admitted::Held(_)) {
+                self.buckets.give_back(key);
+            }
             let (Admitted::Look, None, Some((look, purpose))) = (&admitted, &work.intent.seen, &work.look)
             else {
                 return Ok(admitted);
@@ -194,6 +237,15 @@ impl Proxy {
         self.metrics.outcomes.get_or_create(&OutcomeLabels { outcome: name }).inc();
         let may_retry = held.may_be_resent(self.ledger.now());
         let call_id = held.call_id();
+        match (outcome, held.first_send()) {
+            (Outcome::Unknown, true) => {
+                self.metrics.doubts_opened.inc();
+            }
+            (Outcome::Unknown, false) | (_, true) => {}
+            (_, false) => {
+                self.metrics.doubts_settled.get_or_create(&EndLabels { by: "answer" }).inc();
+            }
+        }
         if outcome == Outcome::Unknown {
             tracing::warn!(%call_id, key_id = %key.id, "the outcome of a money call is unknown; it stays counted");
         }

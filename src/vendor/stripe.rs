@@ -4,6 +4,7 @@
 
 pub mod answer;
 pub mod catalogue;
+pub mod find;
 pub mod form;
 pub mod lines;
 pub mod object;

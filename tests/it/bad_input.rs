@@ -738,7 +738,9 @@ async fn what_needs_a_partner() {
 const ELSEWHERE: &[(&str, &str)] = &[
     ("already_executed", "an answer is kept for two days at least"),
     ("budget_stopped", "a budget that is full"),
-    ("conflict", "no route can say it yet"),
+    ("conflict", "an operator"),
+    ("rate_limited", "a key in a hurry: limits.rs"),
+    ("overloaded", "needs a crowd: limits.rs"),
     ("ledger_unavailable", "the disk has to fail"),
     ("not_ready", "the account has to be unknown: tests of the process"),
     ("outcome_unknown", "needs a partner"),

@@ -28,11 +28,15 @@ mod ledger;
 #[cfg(test)]
 mod objects;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod outcomes;
 #[cfg(test)]
 mod process;
 #[cfg(test)]
 mod raw;
+#[cfg(test)]
+mod recovery;
 #[cfg(test)]
 mod same_call;
 #[cfg(test)]

@@ -481,6 +481,12 @@ async fn a_call_without_a_key_is_never_sent_again() {
     assert!(doubts.iter().all(|call| call["attempts"][0]["upstream_key"].is_null()));
 }
 
+/// Recovery asks at the start of a process, and gets no answer.
+pub(crate) fn nothing_is_found(standin: &Standin) {
+    let on = On::Path { method: "GET".to_owned(), prefix: "/v1/charges".to_owned() };
+    standin.fault(Fault::RateLimited.on(on));
+}
+
 /// Power fails between the execution and its answer.
 #[tokio::test]
 async fn a_kill_between_execution_and_answer_is_one_charge_with_a_whole_trail() {
@@ -502,6 +508,7 @@ async fn a_kill_between_execution_and_answer_is_one_charge_with_a_whole_trail() 
     sidecar.kill();
     assert!(caller.await.unwrap(), "the caller hears nothing");
     assert_eq!(standin.executed().len(), 1);
+    nothing_is_found(&standin);
     sidecar.restart().await;
     assert_eq!(sidecar.spend(&id).await, ("0.00".into(), "29.99".into(), "29.99".into()));
     assert_eq!(sidecar.holds(&id).await, ["doubt"]);

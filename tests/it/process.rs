@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use crate::outcomes::nothing_is_found;
 use crate::standin::faults::{Fault, On, Scripted};
 use crate::standin::{Options, Standin};
 use crate::support::{
@@ -370,6 +371,7 @@ async fn a_stuck_call_does_not_hold_up_the_end() {
     // The limit is the setting, and what a busy machine adds.
     assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
     assert!(!stuck.await.unwrap(), "nobody was told that it went well");
+    nothing_is_found(&standin);
     sidecar.restart().await;
     assert_eq!(sidecar.spend(&id).await, ("0.00".into(), "10.00".into(), "10.00".into()));
     standin.release();

@@ -286,6 +286,7 @@ impl Sidecar {
             "allowed_endpoints": ["POST /v1/charges"],
             "daily_usd_cap": daily_usd_cap,
             "expires_in_seconds": 3600,
+            "requests_per_second": 10_000,
         });
         for (name, value) in more.as_object().unwrap() {
             policy[name] = value.clone();

@@ -9,7 +9,7 @@ const LAYERS: &[(usize, &[&str])] = &[
     (1, &["fx", "key", "issuer", "hold", "call", "intent", "audit", "vendor"]),
     (2, &["ledger", "telemetry"]),
     (3, &["upstream", "tls", "server", "random", "clock", "forward", "account"]),
-    (4, &["proxy", "admin", "audit_api", "ops"]),
+    (4, &["proxy", "admin", "audit_api", "ops", "recover"]),
     (5, &["config"]),
     (6, &["serve", "cli", "main", "lib"]),
 ];

@@ -164,6 +164,8 @@ fn policy_detail(key: &Key) -> Map<String, Value> {
         ("uncapped", Value::from(key.caps.uncapped)),
         ("idempotency", Value::from(key.idempotency.as_str())),
         ("remember_days", Value::from(key.remember_days)),
+        ("retry_declined_after_seconds", key.retry_declined_after_s.map_or(Value::Null, Value::from)),
+        ("requests_per_second", Value::from(key.rate())),
         ("client_secrets", Value::from(key.client_secrets)),
         ("expires_at", Value::from(key.expires_at.to_string())),
     ]

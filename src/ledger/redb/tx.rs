@@ -289,7 +289,7 @@ impl<'t> Tx<'t> {
         Ok(None)
     }
 
-    fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
+    pub(super) fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
         let id = {
             let table = self.txn.open_table(OBJECTS)?;
             table.get((account, object))?.map(|id| HoldId::from_bytes(*id.value()))

@@ -10,6 +10,8 @@
 //!
 //! Nothing here releases money without a definite answer.
 
+use serde_json::{Map, Value};
+
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::call::{Attempt, Call, CallState, EXECUTED_KNOWN_MS, Outcome, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState};
@@ -316,6 +318,87 @@ fn book(hold: &mut Hold, minor: u64) -> bool {
     hold.usd = hold.to_usd(minor).unwrap_or(hold.usd);
     hold.minor = minor;
     over
+}
+
+/// How a doubt ends otherwise than by an answer to its own call.
+#[derive(Clone, Debug)]
+pub struct EndDoubt {
+    /// What is known now.
+    pub outcome: Known,
+    /// The objects at Stripe that the call made or used, the main one first.
+    pub objects: Vec<String>,
+    /// The object as Stripe tells it, to be given to whoever makes the same call again.
+    pub answer: Option<StoredAnswer>,
+    /// Who says so; nobody when it was found.
+    pub actor: Option<String>,
+    /// What it rests on.
+    pub evidence: Map<String, Value>,
+}
+
+/// What is known of a call in doubt, in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// The object's own record tells.
+    Record(Outcome),
+    /// An operator says: executed, and this much of it is this hold's.
+    Executed {
+        /// Minor units.
+        minor: u64,
+    },
+    /// An operator says: not executed.
+    NotExecuted,
+}
+
+/// Ends a doubt. `None` when it is none any more.
+pub fn end_doubt(state: &InFlight<'_>, end: &EndDoubt, now: UnixMs) -> Option<Effects> {
+    if state.hold.state != HoldState::Doubt {
+        return None;
+    }
+    let outcome = match end.outcome {
+        Known::Record(outcome) => outcome,
+        Known::Executed { minor } => Outcome::Spent { minor: minor.saturating_add(state.hold.moved_before) },
+        // Its bytes were out: under content the next attempt is another one.
+        Known::NotExecuted => Outcome::Refused,
+    };
+    let facts = state.hold.live.as_ref().map(|live| live.facts.clone()).unwrap_or_default();
+    let command = Resolve {
+        outcome,
+        objects: end.objects.clone(),
+        answer: end.answer.clone(),
+        seen_request_id: facts.request_id,
+        stripe_request_id: end.answer.as_ref().map(|answer| answer.request_id.clone()),
+        upstream_status: None,
+        duration_ms: 0,
+    };
+    let mut effects = resolve(state, &command, now);
+    if let (Known::NotExecuted, Some(call)) = (end.outcome, effects.calls.first_mut()) {
+        call.state = CallState::NotExecuted;
+        if let Some(attempt) = call.attempts.last_mut() {
+            attempt.end = Some(CallState::NotExecuted);
+        }
+    }
+    for entry in &mut effects.audit {
+        entry.event = Event::Resolved;
+        entry.duration_ms = None;
+        entry.actor.clone_from(&end.actor);
+        entry.detail = (!end.evidence.is_empty()).then(|| end.evidence.clone());
+    }
+    Some(effects)
+}
+
+/// Takes back a call that is over, so that the same call can be made again. `None` while it is held or in doubt, and when
+/// it was taken back before.
+pub fn forget(call: &Call, hold_is_live: bool) -> Option<Call> {
+    let is_over = match call.state {
+        CallState::Spent | CallState::Declined | CallState::Refused | CallState::NotExecuted => true,
+        CallState::InFlight | CallState::Open | CallState::Doubt | CallState::Forgotten => false,
+    };
+    (is_over && !hold_is_live).then(|| Call {
+        state: CallState::Forgotten,
+        generation: call.generation.saturating_add(1),
+        remember_until: None,
+        ..call.clone()
+    })
 }
 
 /// Ends an open or doubtful hold by the vendor's own record of its object. `None` when there is nothing to end.

@@ -340,11 +340,11 @@ pub fn refuse_expand(params: &Params, key: &Key) -> Result<(), Refusal> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::vendor::stripe::catalogue;
 
-    fn key(uncapped: bool) -> Key {
+    pub(crate) fn key(uncapped: bool) -> Key {
         let zero = crate::time::UnixMs::default();
         Key {
             id: crate::id::KeyId::from_bytes([0; 16]),
@@ -366,6 +366,8 @@ mod tests {
             constraints: Vec::new(),
             accounts: Vec::new(),
             stop_budget_on_refusal: false,
+            retry_declined_after_s: None,
+            requests_per_second: None,
         }
     }
 

@@ -428,6 +428,8 @@ impl History {
                 ];
                 assert!(expected.contains(&refusal.code), "{refusal:?}");
             }
+            // What was found or said to be executed has no answer that was seen.
+            Admitted::Tell(executed) => assert!(self.known.contains(&executed.object_id), "{executed:?}"),
             Admitted::Look => panic!("every object has a record"),
         }
     }

@@ -42,6 +42,8 @@ macro_rules! conformance {
             one_row_for_each_call old_records_go_and_the_chain_holds a_hold_is_resolved_once
             an_object_made_elsewhere_is_read_before_it_is_held what_the_vendor_tries_again_stays_held
             a_ceiling_is_held_for_each_call a_hold_keeps_its_rate
+            a_doubt_ends_by_what_is_found an_operator_ends_a_doubt_either_way what_is_forgotten_can_be_made_again
+            a_key_says_when_a_declined_call_is_worth_another_try
         );
     };
     ($place:path: $($name:ident)*) => { $(
@@ -54,6 +56,11 @@ macro_rules! conformance {
 }
 pub(super) use conformance;
 
+mod doubts;
+pub(super) use doubts::{
+    a_doubt_ends_by_what_is_found, a_key_says_when_a_declined_call_is_worth_another_try,
+    an_operator_ends_a_doubt_either_way, what_is_forgotten_can_be_made_again,
+};
 mod elsewhere;
 pub(super) use elsewhere::{
     a_ceiling_is_held_for_each_call, a_hold_keeps_its_rate,
@@ -217,7 +224,7 @@ pub(super) async fn many_at_once_never_exceed_a_cap(world: World) {
                 assert_eq!(refusal.code, Code::SpendCapExceeded);
                 refused += 1;
             }
-            Admitted::Replay { .. } | Admitted::Look => panic!("nothing was done before"),
+            Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => panic!("nothing was done before"),
         }
     }
     assert_eq!((held.len(), refused), (14, 46));
@@ -241,7 +248,7 @@ pub(super) async fn equal_calls_at_once_are_sent_once(world: World) {
     let held = admitted.iter().filter(|admitted| matches!(admitted, Admitted::Held(_))).count();
     let in_use = |admitted: &&Admitted| match admitted {
         Admitted::Refused(refusal) => refusal.code == Code::IdempotencyKeyInUse,
-        Admitted::Held(_) | Admitted::Replay { .. } | Admitted::Look => false,
+        Admitted::Held(_) | Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => false,
     };
     assert_eq!((held, admitted.iter().filter(in_use).count()), (1, 49));
     assert_eq!(world.total(key, Lane::In).held, usd("1.00"));
@@ -814,12 +821,12 @@ pub(super) async fn a_doubt_found_executed_is_not_made_again(world: World) {
         answer b silence                -> doubt 6.00
         pass 30h
         observe pi_a moved 600          -> spent 6.00
-        k confirm b pi_a                -> refuse already_executed
+        k confirm b pi_a                -> tell pi_a
         k intent a 600                  -> replay
         pass 30d
         tick
         key l
-        l confirm b pi_a                -> refuse already_executed
+        l confirm b pi_a                -> tell pi_a
         pass 10d
         tick
         l confirm b pi_a                -> look               # its time is over like any other's
@@ -1194,7 +1201,7 @@ async fn may_be_sent_again(world: &World, key: KeyId, name: &str) -> bool {
             world.ledger().resolve(held, world.resolve(Outcome::Unknown, &[], None)).await.unwrap();
             true
         }
-        Admitted::Replay { .. } | Admitted::Look => panic!("{name} has no answer"),
+        Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => panic!("{name} has no answer"),
     }
 }
 

@@ -8,6 +8,9 @@
 //! | `K ceiling NAME [OBJECT]` | the same: 50.00 for one call |
 //! | `record OBJECT AMOUNT [CURRENCY] [moved=AMOUNT] [customer=ID] [retried]` | nothing: what a read tells; without it: `look` |
 //! | `answer NAME READING [AMOUNT] [OBJECT…] [replayed]` | state of the hold and what it holds |
+//! | `found NAME moved\|pending\|declined [AMOUNT] [OBJECT]` | the same: what recovery found |
+//! | `resolve NAME spent AMOUNT OBJECT`, `resolve NAME not_executed` | the same, or `conflict`: what an operator says |
+//! | `forget NAME` | `forgotten` or `conflict` |
 //! | `observe OBJECT ended\|moved [AMOUNT]` | the same |
 //! | `sum K [today\|out]` | what is counted, zeros left out |
 //! | `call NAME` | its state, and how each attempt ended |
@@ -26,7 +29,8 @@ use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Key};
 use keybrake::ledger::counter::Counter;
 use keybrake::ledger::query::CallFilter;
-use keybrake::ledger::{Admitted, Held, LedgerError};
+use keybrake::ledger::rules::resolve::{EndDoubt, Known};
+use keybrake::ledger::{Admitted, Ending, Held, LedgerError};
 use keybrake::money::{Currency, Money};
 use keybrake::refusal::{Code, Refusal};
 use keybrake::time::{DAY_MS, HOUR_MS};
@@ -76,6 +80,15 @@ impl Run {
             }
             ["answer", name, rest @ ..] => return self.answer(world, name, rest).await,
             ["record", object, rest @ ..] => world.tells(object, seen(rest)),
+            ["found", name, rest @ ..] => return self.end(world, name, found(rest), rest).await,
+            ["resolve", name, rest @ ..] => return self.end(world, name, said(rest), rest).await,
+            ["forget", name] => {
+                let call = self.calls[*name];
+                return match world.ledger().forget_call(call, "again".to_owned(), admin()).await.unwrap() {
+                    Some(call) => call.state.as_str().to_owned(),
+                    None => "conflict".to_owned(),
+                };
+            }
             ["observe", object, rest @ ..] => return self.observe(world, object, rest).await,
             ["sum", name, rest @ ..] => return self.sum(world, name, rest),
             ["call", name] => return self.call(world, name),
@@ -116,6 +129,7 @@ impl Run {
             }
             Ok(Admitted::Refused(refusal)) => refused(&refusal),
             Ok(Admitted::Look) => "look".to_owned(),
+            Ok(Admitted::Tell(executed)) => format!("tell {}", executed.object_id),
             Err(error) => failed(&error),
         }
     }
@@ -147,6 +161,25 @@ impl Run {
         }
         match world.ledger().resolve(held, resolve).await {
             Ok(()) => shown(&world.hold(self.holds[&call])),
+            Err(error) => failed(&error),
+        }
+    }
+
+    /// Ends a doubt by what was found, or by what an operator says.
+    async fn end(&self, world: &World, name: &str, outcome: Known, rest: &[&str]) -> String {
+        let objects = rest.iter().skip(1).filter(|word| word.contains('_')).map(|word| (*word).to_owned());
+        let end = EndDoubt {
+            outcome,
+            objects: objects.collect(),
+            answer: None,
+            actor: Some("admin".to_owned()),
+            evidence: serde_json::Map::new(),
+        };
+        let hold = self.holds[&self.calls[name]];
+        match world.ledger().end_doubt(hold, end).await {
+            Ok(Ending::Ended) => shown(&world.hold(hold)),
+            Ok(Ending::NotInDoubt) => "conflict".to_owned(),
+            Ok(Ending::OfAnother) => "of another".to_owned(),
             Err(error) => failed(&error),
         }
     }
@@ -221,6 +254,7 @@ fn set(key: &mut Key, setting: &str) {
         "content" => {
             key.idempotency = Idempotency::Content { scope: "billing:1".to_owned(), fields: Vec::new() };
         }
+        "retry_declined" => key.retry_declined_after_s = Some(number()),
         "remember" => key.remember_days = number().try_into().unwrap(),
         "lives" => key.expires_at = key.created_at.plus_millis(millis(value)),
         other => panic!("{other}"),
@@ -249,6 +283,25 @@ fn ask(deed: &str, name: &str, rest: &[&str]) -> Ask {
             .map(|word| (*word).to_owned()),
         minor: rest.iter().find_map(|word| word.parse().ok()),
         params: rest.iter().filter_map(pair).collect(),
+    }
+}
+
+fn found(rest: &[&str]) -> Known {
+    let minor = rest.get(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let outcome = match rest[0] {
+        "moved" => Outcome::Spent { minor },
+        "pending" => Outcome::Pending { minor },
+        "declined" => Outcome::Declined,
+        other => panic!("{other}"),
+    };
+    Known::Record(outcome)
+}
+
+fn said(rest: &[&str]) -> Known {
+    match rest[0] {
+        "spent" => Known::Executed { minor: rest[1].parse().unwrap() },
+        "not_executed" => Known::NotExecuted,
+        other => panic!("{other}"),
     }
 }
 

@@ -259,6 +259,8 @@ impl World {
             constraints: Vec::new(),
             accounts: Vec::new(),
             stop_budget_on_refusal: false,
+            retry_declined_after_s: None,
+            requests_per_second: None,
         };
         change(&mut key);
         self.modes.borrow_mut().insert(key.id, key.idempotency.clone());
@@ -327,7 +329,7 @@ impl World {
         let call_id = CallId::new(now, self.random());
         let hold_id = HoldId::new(now, self.random());
         let intent = self.intent(key, ask, call_id);
-        Admit { intent, call_id, hold_id, boot: self.ledger().boot(), duration_ms: 5 }
+        Admit { intent, call_id, hold_id, boot: self.ledger().boot(), may_go: true, duration_ms: 5 }
     }
 
     /// Asks for a money call.
@@ -351,7 +353,7 @@ impl World {
     pub(super) async fn held(&self, key: KeyId, ask: &Ask) -> Held {
         match self.admit(key, ask).await.unwrap() {
             Admitted::Held(held) => held,
-            other @ (Admitted::Replay { .. } | Admitted::Refused(_) | Admitted::Look) => {
+            other @ (Admitted::Replay { .. } | Admitted::Refused(_) | Admitted::Look | Admitted::Tell(_)) => {
                 panic!("{ask:?}: {other:?}")
             }
         }
