@@ -103,7 +103,7 @@ pub fn all() -> &'static [Operation] {
 pub fn segments(path: &str) -> Result<Vec<&str>, BadPath> {
     let Some(inner) = path.strip_prefix('/') else { return Err(BadPath::Ambiguous) };
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'/');
-    if !inner.bytes().all(plain) || inner.contains("//") {
+    if !inner.bytes().all(plain) || path.contains("//") {
         return Err(BadPath::Ambiguous);
     }
     if inner.ends_with('/') || inner.is_empty() {
@@ -256,6 +256,7 @@ mod tests {
         for path in [
             "v1/charges",
             "/v1//charges",
+            "//v1/charges",
             "/v1/../v1/charges",
             "/v1/%63harges",
             "/v1/charges;x",
