@@ -1,11 +1,11 @@
-# A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks`; Node and Go come as
-# Python wheels.
+# A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks` and a C++ compiler in
+# `fuzz`; Node and Go come as Python wheels.
 
 PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long lint
+.PHONY: help demo run test test-sdks test-long fuzz lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +32,11 @@ test-sdks: ## the real Stripe SDKs of Go and Java (needs a JDK and Maven), and S
 test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS)
 
+fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
+	@sh tests/fuzz/run.sh
+
 lint: ## formatting, clippy and rustdoc, warnings as errors
 	cargo fmt --check
+	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
