@@ -30,7 +30,8 @@ test-sdks: ## the real Stripe SDKs of Go and Java (needs a JDK and Maven), and S
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk/more
 
 test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
-test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS)
+test-long: export KEYBRAKE_TEST_MUTATIONS ?= 50000
+test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
 
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
 	@sh tests/fuzz/run.sh

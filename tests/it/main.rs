@@ -4,6 +4,14 @@
 mod standin;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod dice;
+#[cfg(test)]
+#[path = "../fuzz/readings.rs"]
+mod readings;
+#[cfg(test)]
+#[path = "../fuzz/properties.rs"]
+mod properties;
 
 #[cfg(test)]
 mod audit;
@@ -19,6 +27,8 @@ mod catalogue;
 mod families;
 #[cfg(test)]
 mod first;
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod grants;
 #[cfg(test)]
