@@ -27,6 +27,11 @@ fn text_of(length: usize) -> String {
     "x".repeat(length)
 }
 
+fn bad_seconds() -> Vec<Value> {
+    let numbers = [json!(0), json!(-1), json!(2_678_401), json!(1.5), json!(3600.0)];
+    [json!(null), json!("3600"), json!(true)].into_iter().chain(numbers).collect()
+}
+
 /// Every field of a policy, wrong in every way; the field is the one that `param` must name.
 fn bad_fields() -> Vec<(&'static str, Vec<Value>)> {
     let many: Vec<String> = (0..101).map(|_| "POST /v1/charges".to_owned()).collect();
@@ -85,19 +90,7 @@ fn bad_fields() -> Vec<(&'static str, Vec<Value>)> {
                 json!(["POST /v2/core/event_destinations"]),
             ],
         ),
-        (
-            "expires_in_seconds",
-            vec![
-                json!(null),
-                json!(0),
-                json!(-1),
-                json!(2_678_401),
-                json!(1.5),
-                json!(3600.0),
-                json!("3600"),
-                json!(true),
-            ],
-        ),
+        ("expires_in_seconds", bad_seconds()),
         ("max_calls", vec![json!(0), json!(-1), json!(1.5), json!("3"), json!([])]),
         ("remember_days", vec![json!(1), json!(401), json!("40"), json!(2.5)]),
         ("requests_per_second", vec![json!(0), json!(10_001), json!("25"), json!(2.5)]),
