@@ -197,6 +197,9 @@ pub struct Attempt {
     /// When it was declined first. Stripe repeats that under the same key, and takes no other parameters with it.
     #[n(10)]
     pub declined_at: Option<UnixMs>,
+    /// The amount that was put on it because it was read, where one was.
+    #[n(11)]
+    pub pinned: Option<u64>,
 }
 
 /// An answer that is kept to be given again. Never with a `client_secret`.

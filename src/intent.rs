@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use crate::call::{Estate, KeyBasis, ParamDigest};
 use crate::hold::{ExactRequest, Facts, Lane};
-use crate::id::{Fingerprint, Identity};
+use crate::id::{Fingerprint, HoldId, Identity};
 use crate::key::Constraint;
 use crate::money::{Currency, MicroUsd, Money, Rate, Rates};
+use crate::time::UnixMs;
 
 /// A money call, ready to be judged and reserved.
 #[derive(Clone, Debug)]
@@ -39,9 +40,16 @@ pub struct Intent {
     pub rates: Arc<Rates>,
     /// What the vendor's record says of the object, once it was read for this call.
     pub seen: Option<Seen>,
+    /// Whether the object can still be paid after a decline, by the vendor itself or in a browser.
+    pub payable_after_decline: bool,
+    /// How the object's hold was when it was read; `None` where there was none.
+    pub read_against: Option<HoldMark>,
     /// The parameter that pins the amount of a call that leaves it to its object, where the vendor takes one.
     pub pin: Option<String>,
 }
+
+/// A hold as it was at one moment: when it has changed since, what was read beside it is old.
+pub type HoldMark = (HoldId, UnixMs);
 
 /// What the vendor's own record says of an object, read before a call on it is priced.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,8 +62,6 @@ pub struct Seen {
     pub moved: u64,
     /// Who pays.
     pub customer: Option<String>,
-    /// Whether the vendor tries again by itself after a decline.
-    pub retried: bool,
 }
 
 /// The highest cost of a call, or where to find it.
@@ -100,9 +106,14 @@ pub enum Claim {
         usd: MicroUsd,
         /// Whether all that moves is told by the object itself, so that its one hold is raised.
         on_its_hold: bool,
+        /// Whether the object is read first, because what it stands for already counts too.
+        always_read: bool,
     },
     /// Money may move, and nobody can say how much: only under an uncapped key that names the operation exactly.
-    Unpriced,
+    Unpriced {
+        /// The object that it is about, where it names one.
+        object: Option<String>,
+    },
 }
 
 /// What is done to an object that has a hold.

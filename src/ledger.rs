@@ -25,6 +25,7 @@ use crate::audit::Entry;
 use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, Record, StoredAnswer};
 use crate::hold::{ExactRequest, Facts, Hold};
 use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
+use crate::intent::HoldMark;
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
@@ -166,8 +167,8 @@ pub enum Admitted {
         /// Its answer.
         answer: StoredAnswer,
     },
-    /// The object's own record has to be read first: nothing is written, ask again with it.
-    Look,
+    /// The object's own record has to be read first: nothing is written, ask again with it, and with how its hold was.
+    Look(Option<HoldMark>),
     /// It was executed, and its answer was never seen: tell its object.
     Tell(Box<Executed>),
     /// No.

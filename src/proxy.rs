@@ -296,7 +296,7 @@ impl Proxy {
         let facts = request::facts(&reading, key);
         let (effect, open) =
             permit(key, &reading, head).map_err(|refusal| (refusal.into(), facts.clone()))?;
-        if let Effect::Ends(_) = effect {
+        if let Effect::Ends(_) | Effect::Free = effect {
             self.object_keeps(course, &open, &reading).await.map_err(|no| (no, facts.clone()))?;
         }
         let answer = match effect {
@@ -316,7 +316,7 @@ impl Proxy {
         Arc::clone(&self.room).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX)).ok()
     }
 
-    /// Constraints that a cancel leaves to its object: the ledger knows it, or it is read.
+    /// Constraints that a call without an amount leaves to its object: the ledger knows it, or it is read.
     async fn object_keeps(
         &self,
         course: &mut Course,
@@ -330,7 +330,7 @@ impl Proxy {
         let account = reading.account.as_deref().unwrap_or_default();
         let object = reading.ids.first().map(String::as_str).unwrap_or_default();
         let hold = self.ledger.redb().hold_of_object(account, object)?;
-        let seen = match (&hold, object::look_of_ending(reading)) {
+        let seen = match (&hold, object::look_of_fields(reading)) {
             (None, Some(look)) => Some(self.look(course, &request, &look, Purpose::Fields).await?),
             (Some(_), _) | (None, None) => None,
         };
@@ -464,7 +464,7 @@ fn permit(key: &Key, reading: &Reading<'_>, head: &Parts) -> Result<(Effect, Vec
     }
     // A read is decided by its grant; a filter such as `destination` sends nothing anywhere.
     if operation.class != Class::Read {
-        rules::refuse_parameters(&reading.params, key)?;
+        rules::refuse_parameters(operation, &reading.params, key)?;
         rules::refuse_bare_metadata(reading)?;
     }
     rules::refuse_expand(&reading.params, key)?;

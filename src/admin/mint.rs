@@ -328,7 +328,7 @@ fn refuse_without_cap(template: &str, effect: Effect, caps: &Caps) -> Result<(),
     let absent = |cap: Option<MicroUsd>| !caps.uncapped && cap.is_none_or(|cap| cap == MicroUsd::ZERO);
     let Effect::Priced(price) = effect else { return Ok(()) };
     let over = |cap: MicroUsd| caps.per_request.is_some_and(|one| one > cap);
-    let is_ceiling = |price: &Price| matches!(price.terms, Terms::Ceiling { .. }) && price.only.is_empty();
+    let is_ceiling = |price: &Price| matches!(price.terms, Terms::Ceiling { .. }) && price.harmless.is_none();
     match price.lane {
         Lane::Out if absent(caps.daily_out) => Err(invalid(
             "daily_usd_out_cap",
@@ -341,8 +341,8 @@ fn refuse_without_cap(template: &str, effect: Effect, caps: &Caps) -> Result<(),
                 format!("is above a cap of this key, and {template} holds all of it for each call"),
             ))
         }
-        // Without its parameters such an operation moves no money.
-        Lane::In if absent(caps.daily) && price.only.is_empty() => Err(invalid(
+        // With harmless parameters alone such an operation moves no money.
+        Lane::In if absent(caps.daily) && price.harmless.is_none() => Err(invalid(
             "daily_usd_cap",
             format!(
                 "is null or zero: without it no call of {template} could ever be admitted (or say \"uncapped\")"

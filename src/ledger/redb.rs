@@ -398,7 +398,7 @@ fn admit_call(
             tx.write(&effects, now)?;
             Ok(Admitted::Replay { call_id, answer })
         }
-        Verdict::Look => Ok(Admitted::Look),
+        Verdict::Look(mark) => Ok(Admitted::Look(mark)),
         Verdict::Tell(executed) => Ok(Admitted::Tell(executed)),
         Verdict::Refuse(refusal) => {
             tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;

@@ -15,7 +15,7 @@ use crate::call::{
 };
 use crate::hold::{Base, ExactRequest, Hold, HoldState, LiveCall};
 use crate::id::{BootId, CallId, HoldId};
-use crate::intent::{Claim, Intent, Seen, Verb};
+use crate::intent::{Claim, HoldMark, Intent, Seen, Verb};
 use crate::issuer::Issuer;
 use crate::key::{Constraint, Idempotency, Key};
 use crate::ledger::counter::{Contradiction, Counters};
@@ -102,8 +102,8 @@ pub enum Verdict {
     Send(Box<Effects>),
     /// Answer from memory; the effects are the record of it.
     Replay(CallId, Box<Effects>),
-    /// Read the object first, and ask again with what its record says.
-    Look,
+    /// Read the object first, and ask again with what its record says, and how its hold was before.
+    Look(Option<HoldMark>),
     /// It was executed, and no answer of it is kept: answer with its object, where that can be read.
     Tell(Box<Executed>),
     /// Answer with the refusal.
@@ -141,7 +141,7 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
     let intent = &command.intent;
     let to_keep = constraints_to_keep(intent);
     if !to_keep.is_empty() && state.object_hold.is_none() && intent.seen.is_none() {
-        return Ok(Verdict::Look);
+        return Ok(look(state));
     }
     keeps_constraints(&to_keep, state.object_hold, intent.seen.as_ref())?;
     let attempt = match same_call(state, intent, now)? {
@@ -152,13 +152,17 @@ fn judge(state: &Loaded<'_>, command: &Admit, now: UnixMs) -> Result<Verdict, Re
         Same::New => NewAttempt { call: None, n: 1 },
         Same::Again(call, n) => NewAttempt { call: Some(call), n },
     };
-    let Priced::Known(reserve) = price::price(state, intent)? else { return Ok(Verdict::Look) };
+    let Priced::Known(reserve) = price::price(state, intent)? else { return Ok(look(state)) };
     if state.budget_stopped {
         return Err(budget_stopped(state.key));
     }
     limits::fits(state, &reserve, now)?;
     // From here it succeeds.
     Ok(send(state, command, &attempt, &reserve, now))
+}
+
+fn look(state: &Loaded<'_>) -> Verdict {
+    Verdict::Look(state.object_hold.map(|hold| (hold.id, hold.since)))
 }
 
 /// The refusal of a request that comes too soon after the key's others.
@@ -427,7 +431,13 @@ fn send(
     if let (Some(param), Some(mark)) = (&intent.stamp_param, &mark) {
         request.params.push((param.clone(), mark.clone()));
     }
-    if let (Some(param), Some(minor)) = (&intent.pin, pinned(intent)) {
+    // Under the same upstream key Stripe compares parameters: what it saw without a pin, or with another, it sees so again.
+    let before = attempt.call.and_then(Call::last_attempt).filter(|last| last.upstream_key == key);
+    let pin = match before {
+        Some(last) => last.pinned,
+        None => pinned(intent),
+    };
+    if let (Some(param), Some(minor)) = (&intent.pin, pin) {
         request.params.push((param.clone(), minor.to_string()));
     }
     let facts = crate::hold::Facts { idempotency_key: key.clone(), ..intent.facts.clone() };
@@ -444,6 +454,7 @@ fn send(
         stamp: mark,
         hold_id: hold.id,
         saw_5xx: false,
+        pinned: pin,
         declined_at: attempt
             .call
             .and_then(Call::last_attempt)
@@ -482,7 +493,7 @@ fn pinned(intent: &Intent) -> Option<u64> {
         | Claim::Return { .. }
         | Claim::Create { .. }
         | Claim::Ceiling { .. }
-        | Claim::Unpriced => None,
+        | Claim::Unpriced { .. } => None,
     }
 }
 
@@ -500,7 +511,9 @@ fn held(
     let (of_object, object_id) = match &intent.claim {
         Claim::Use { object, .. } => (state.object_hold, Some(object)),
         Claim::Ceiling { object, on_its_hold: true, .. } => (state.object_hold, object.as_ref()),
-        Claim::Ceiling { .. } | Claim::Create { .. } | Claim::Return { .. } | Claim::Unpriced => (None, None),
+        Claim::Ceiling { .. } | Claim::Create { .. } | Claim::Return { .. } | Claim::Unpriced { .. } => {
+            (None, None)
+        }
     };
     let customer = match object_id {
         Some(_) => {

@@ -32,6 +32,9 @@ use crate::vendor::stripe::pricing::Price;
 use crate::vendor::stripe::request::{self, Reading, Surroundings};
 use crate::vendor::stripe::secrets;
 
+/// How often the object of one call is read, when others change it in between.
+const LOOKS_MAX: u32 = 3;
+
 /// How a leader's work ended.
 struct Led {
     reply: Reply,
@@ -144,7 +147,7 @@ impl Proxy {
     async fn execute(&self, course: &mut Course, key: &Key, mut work: Work) -> Result<Led, No> {
         let held = match self.admit(course, key, &mut work).await? {
             Admitted::Refused(refusal) => return Err(No::Recorded(refusal)),
-            Admitted::Look => return Err(unreadable_object().into()),
+            Admitted::Look(_) => return Err(unreadable_object().into()),
             Admitted::Tell(executed) => return self.tell(course, key, &work.intent, *executed).await,
             Admitted::Replay { call_id, answer } => {
                 self.metrics.decided("replayed", "");
@@ -198,6 +201,7 @@ impl Proxy {
 
     /// Asks the ledger, and once more with what the object's record says when only that tells the price.
     async fn admit(&self, course: &mut Course, key: &Key, work: &mut Work) -> Result<Admitted, No> {
+        let mut looks = 0;
         loop {
             let now = self.ledger.now();
             let may_go = self.buckets.take(key, Instant::now());
@@ -213,10 +217,14 @@ impl Proxy {
             if may_go && !matches!(admitted, Admitted::Held(_)) {
                 self.buckets.give_back(key);
             }
-            let (Admitted::Look, None, Some((look, purpose))) = (&admitted, &work.intent.seen, &work.look)
-            else {
+            let (Admitted::Look(mark), Some((look, purpose))) = (&admitted, &work.look) else {
                 return Ok(admitted);
             };
+            if looks == LOOKS_MAX {
+                return Err(busy_object().into());
+            }
+            looks += 1;
+            work.intent.read_against = *mark;
             let seen = self.look(course, &work.intent.request, look, *purpose).await?;
             work.intent.seen = Some(seen);
         }
@@ -429,6 +437,13 @@ fn unreadable_object() -> Refusal {
     Refusal::new(
         Code::AmountUnknown,
         "The object of this call cannot be read first, so its amount is not known. Nothing was sent.",
+    )
+}
+
+fn busy_object() -> Refusal {
+    Refusal::new(
+        Code::IdempotencyKeyInUse,
+        "The object of this call is being changed by others; what it costs could not be read in peace. Try again.",
     )
 }
 

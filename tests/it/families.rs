@@ -235,11 +235,11 @@ async fn an_invoice_is_read_each_time_and_booked_by_what_was_paid_now() {
 }
 
 #[tokio::test]
-async fn a_declined_invoice_stays_held_where_stripe_tries_again() {
+async fn a_declined_invoice_stays_held_for_it_can_still_be_paid() {
     let (standin, sidecar) = world().await;
     let (key, id) = mint(&sidecar, "90.00", &["POST /v1/invoices/{id}/pay"], json!({})).await;
     let declined = json!({"error": {"type": "card_error", "code": "card_declined"}});
-    for (name, auto_advance, held) in [("in_1", false, "0.00"), ("in_2", true, "20.00")] {
+    for (name, auto_advance, held) in [("in_1", false, "20.00"), ("in_2", true, "40.00")] {
         let record = invoice(&json!({"id": name, "auto_advance": auto_advance}));
         script(&standin, &format!("GET /v1/invoices/{name}"), 200, record);
         script(&standin, &format!("POST /v1/invoices/{name}/pay"), 402, declined.clone());
@@ -253,7 +253,7 @@ async fn a_declined_invoice_stays_held_where_stripe_tries_again() {
     script(&standin, "GET /v1/invoices/in_2", 200, more);
     script(&standin, "POST /v1/invoices/in_2/pay", 402, declined);
     assert_eq!(sidecar.post(&key, "/v1/invoices/in_2/pay", "again", &[]).await.status, 402);
-    assert_eq!(sidecar.spend(&id).await, money("0.00", "25.00", "0.00"));
+    assert_eq!(sidecar.spend(&id).await, money("0.00", "45.00", "0.00"));
 }
 
 #[tokio::test]
@@ -384,6 +384,7 @@ async fn an_invoice_that_advances_by_itself_is_held_and_a_draft_is_not() {
     let changed = invoice(
         &json!({"id": "in_2", "status": "draft", "auto_advance": true, "amount_due": 4500, "amount_remaining": 4500}),
     );
+    script(&standin, "GET /v1/invoices/in_2", 200, invoice(&json!({"id": "in_2", "status": "draft"})));
     script(&standin, "POST /v1/invoices/in_2", 200, changed);
     assert_eq!(sidecar.post(&key, "/v1/invoices/in_2", "u", &[("footer", "x")]).await.status, 200);
     assert_eq!(sidecar.spend(&id).await, money("0.00", "60.00", "0.00"));

@@ -326,17 +326,13 @@ impl<'t> Tx<'t> {
         let object_hold = match &admit.intent.claim {
             Claim::Return { of: object, .. }
             | Claim::Use { object, .. }
-            | Claim::Ceiling { object: Some(object), .. } => {
+            | Claim::Ceiling { object: Some(object), .. }
+            // What an operation without a price is about may be held under a price.
+            | Claim::Unpriced { object: Some(object) } => {
                 let account = admit.intent.request.account.as_deref().unwrap_or_default();
                 self.hold_of_object(account, object)?
             }
-            // What an operation without a price is about may be held under a price.
-            Claim::Unpriced => {
-                let account = admit.intent.request.account.as_deref().unwrap_or_default();
-                let object = admit.intent.facts.object_id.as_deref();
-                object.map(|object| self.hold_of_object(account, object)).transpose()?.flatten()
-            }
-            Claim::Create { .. } | Claim::Ceiling { object: None, .. } => None,
+            Claim::Create { .. } | Claim::Ceiling { object: None, .. } | Claim::Unpriced { object: None } => None,
         };
         let owner = object_hold.as_ref().map(|hold| self.key(hold.key_id)).transpose()?.flatten();
         let mut counters = Counters::default();

@@ -36,14 +36,17 @@ pub(super) enum Priced<'a> {
 
 pub(super) fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Priced<'a>, Refusal> {
     match &intent.claim {
-        Claim::Create { lane, money, rate } => price_new(state, *lane, *money, *rate),
+        Claim::Create { lane, money, rate } => price_new(state, intent, *lane, *money, *rate),
         Claim::Return { minor, .. } => price_return(state, intent, *minor),
-        Claim::Ceiling { usd, on_its_hold, .. } => {
-            if let Some((hold, currency)) = live_hold(state).filter(|_| *on_its_hold) {
-                return raise_by_ceiling(state, hold, currency, *usd);
+        Claim::Ceiling { usd, on_its_hold, always_read, .. } => {
+            let on = live_hold(state).filter(|_| *on_its_hold);
+            if let Some(busy) = on.and_then(|(hold, _)| is_busy(hold)) {
+                return Err(busy);
             }
-            let minor = Rate::USD.minor(*usd).ok_or_else(no_figures)?;
-            price_new(state, Lane::In, Money { minor, currency: Currency::USD }, Rate::USD)
+            if *always_read && !is_fresh(state, intent) {
+                return Ok(Priced::AfterALook);
+            }
+            price_ceiling(state, intent, on, *usd, *always_read)
         }
         Claim::Use { verb, minor, currency, no_more, always_read, .. } => {
             let named = Named { minor: *minor, currency: *currency, no_more: *no_more };
@@ -52,17 +55,17 @@ pub(super) fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Priced<'a
                 return Err(busy);
             }
             match on {
-                Some((hold, currency)) if intent.seen.is_some() || !*always_read => {
+                Some((hold, currency)) if is_fresh(state, intent) || !*always_read => {
                     price_use(state, intent, hold, currency, *verb, named)
                 }
-                None if intent.seen.is_some() => price_seen(state, intent, *verb, named),
+                None if is_fresh(state, intent) => price_seen(state, intent, *verb, named),
                 Some(_) | None => Ok(Priced::AfterALook),
             }
         }
-        Claim::Unpriced if is_held_under_a_cap(state) => {
+        Claim::Unpriced { .. } if is_held_under_a_cap(state) => {
             Err(amount_unknown("This would change an object whose money is held under a cap"))
         }
-        Claim::Unpriced if state.key.is_uncapped() => Ok(Priced::Known(Reserve {
+        Claim::Unpriced { .. } if state.key.is_uncapped() => Ok(Priced::Known(Reserve {
             on: None,
             payer: state.key,
             lane: Lane::In,
@@ -74,12 +77,20 @@ pub(super) fn price<'a>(state: &Loaded<'a>, intent: &Intent) -> Result<Priced<'a
             decline_voids: true,
             moved_before: 0,
         })),
-        Claim::Unpriced => Err(amount_unknown("What this operation costs cannot be known before it is sent")),
+        Claim::Unpriced { .. } => {
+            Err(amount_unknown("What this operation costs cannot be known before it is sent"))
+        }
     }
 }
 
 /// Prices a call that makes an object of its own: all of it is held anew.
-fn price_new<'a>(state: &Loaded<'a>, lane: Lane, money: Money, rate: Rate) -> Result<Priced<'a>, Refusal> {
+fn price_new<'a>(
+    state: &Loaded<'a>,
+    intent: &Intent,
+    lane: Lane,
+    money: Money,
+    rate: Rate,
+) -> Result<Priced<'a>, Refusal> {
     let usd = rate.usd(money.minor).ok_or_else(no_figures)?;
     limits::one_call_fits(state.key, usd)?;
     Ok(Priced::Known(Reserve {
@@ -91,9 +102,15 @@ fn price_new<'a>(state: &Loaded<'a>, lane: Lane, money: Money, rate: Rate) -> Re
         minor: money.minor,
         usd,
         more: usd,
-        decline_voids: true,
+        decline_voids: !intent.payable_after_decline,
         moved_before: 0,
     }))
+}
+
+/// Whether what was read is still what the object's hold stands for: nothing was done to it here since.
+fn is_fresh(state: &Loaded<'_>, intent: &Intent) -> bool {
+    let mark = state.object_hold.map(|hold| (hold.id, hold.since));
+    intent.seen.is_some() && intent.read_against == mark
 }
 
 /// Prices money that goes back: what is named, or all that is left. The currency is the object's.
@@ -105,7 +122,7 @@ fn price_return<'a>(state: &Loaded<'a>, intent: &Intent, named: Option<u64>) -> 
         (Some(minor), Some(currency), None) => Money { minor, currency },
         (None, _, None) | (Some(_), None, None) => return Ok(Priced::AfterALook),
     };
-    price_new(state, Lane::Out, money, rate_of(intent, money.currency)?)
+    price_new(state, intent, Lane::Out, money, rate_of(intent, money.currency)?)
 }
 
 /// What a request says of the amount of its object.
@@ -135,12 +152,12 @@ fn price_use<'a>(
     let usd = hold.to_usd(minor).ok_or_else(no_figures)?;
     let more = usd.saturating_sub(hold.usd);
     may_raise(state, more)?;
-    // A new total costs what it adds; confirm and capture move all of it.
-    let adds = match verb {
-        Verb::Increment | Verb::Reprice => true,
-        Verb::Confirm | Verb::Capture => false,
+    // A new total costs what it adds; confirm and capture move all of it, which is what was read where that was asked.
+    let moves = match verb {
+        Verb::Increment | Verb::Reprice => more,
+        Verb::Confirm | Verb::Capture => ceiling.and_then(|money| hold.to_usd(money.minor)).unwrap_or(usd),
     };
-    limits::one_call_fits(state.key, if adds { more } else { usd })?;
+    limits::one_call_fits(state.key, moves)?;
     Ok(Priced::Known(Reserve {
         on: Some(hold),
         payer: state.owner.unwrap_or(state.key),
@@ -150,7 +167,7 @@ fn price_use<'a>(
         minor,
         usd,
         more,
-        decline_voids: verb == Verb::Confirm && !is_retried(intent),
+        decline_voids: verb == Verb::Confirm && !intent.payable_after_decline,
         moved_before: hold.moved_before,
     }))
 }
@@ -183,37 +200,50 @@ fn price_seen<'a>(
         minor,
         usd,
         more: usd,
-        decline_voids: verb != Verb::Reprice && !seen.retried,
+        decline_voids: verb != Verb::Reprice && !intent.payable_after_decline,
         moved_before: seen.moved,
     }))
 }
 
-/// A call of unknown cost on an object that is held: what the key says comes on top of what is held.
-fn raise_by_ceiling<'a>(
+/// A call of unknown cost: what the key says comes on top of what its object stands for already, where that is known.
+fn price_ceiling<'a>(
     state: &Loaded<'a>,
-    hold: &'a Hold,
-    currency: Currency,
+    intent: &Intent,
+    on: Option<(&'a Hold, Currency)>,
     ceiling: MicroUsd,
+    is_read: bool,
 ) -> Result<Priced<'a>, Refusal> {
-    if let Some(busy) = is_busy(hold) {
-        return Err(busy);
-    }
-    let rate = hold.rate.unwrap_or(Rate::USD);
-    let minor = rate.minor(ceiling).and_then(|more| hold.minor.checked_add(more)).ok_or_else(no_figures)?;
+    let read = intent.seen.as_ref().filter(|_| is_read);
+    let read =
+        read.map(|seen| seen.ceiling.map(|money| (money, seen.moved)).ok_or_else(no_figures)).transpose()?;
+    let moved = read.map_or(0, |(_, moved)| moved);
+    let (currency, rate, stands_for, moved_before) = match (on, read) {
+        (Some((hold, currency)), read) => {
+            same_currency(read.map(|(money, _)| money.currency), currency)?;
+            let since = moved.saturating_sub(hold.moved_before);
+            let told = read.map_or(0, |(money, _)| money.minor).saturating_add(since);
+            (currency, hold.rate.unwrap_or(Rate::USD), hold.minor.max(told), hold.moved_before)
+        }
+        (None, Some((money, _))) => (money.currency, rate_of(intent, money.currency)?, money.minor, moved),
+        (None, None) => (Currency::USD, Rate::USD, 0, 0),
+    };
+    let minor = rate.minor(ceiling).and_then(|more| stands_for.checked_add(more)).ok_or_else(no_figures)?;
     let usd = rate.usd(minor).ok_or_else(no_figures)?;
-    let more = usd.saturating_sub(hold.usd);
-    may_raise(state, more)?;
+    let more = usd.saturating_sub(on.map_or(MicroUsd::ZERO, |(hold, _)| hold.usd));
+    if on.is_some() {
+        may_raise(state, more)?;
+    }
     Ok(Priced::Known(Reserve {
-        on: Some(hold),
-        payer: state.owner.unwrap_or(state.key),
-        lane: hold.lane,
+        on: on.map(|(hold, _)| hold),
+        payer: on.map_or(state.key, |_| state.owner.unwrap_or(state.key)),
+        lane: on.map_or(Lane::In, |(hold, _)| hold.lane),
         currency: Some(currency),
         rate,
         minor,
         usd,
         more,
-        decline_voids: false,
-        moved_before: hold.moved_before,
+        decline_voids: on.is_none() && !intent.payable_after_decline,
+        moved_before,
     }))
 }
 
@@ -246,10 +276,6 @@ fn may_raise(state: &Loaded<'_>, more: MicroUsd) -> Result<(), Refusal> {
         ));
     }
     Ok(())
-}
-
-fn is_retried(intent: &Intent) -> bool {
-    intent.seen.as_ref().is_some_and(|seen| seen.retried)
 }
 
 fn rate_of(intent: &Intent, currency: Currency) -> Result<Rate, Refusal> {

@@ -71,10 +71,12 @@ pub fn resolve(state: &InFlight<'_>, command: &Resolve, now: UnixMs) -> Effects 
     let was = state.hold;
     let resent = state.call.last_attempt().is_some_and(|attempt| attempt.sends > 1);
     let mut change = Change::of(was, command.outcome);
-    if let Some(object) = command.objects.first() {
-        change.hold.object_id = Some(object.clone());
+    // What the call was about stays the hold's object, whatever else its answer names.
+    if change.hold.object_id.is_none() {
+        change.hold.object_id = command.objects.first().cloned();
     }
-    for alias in command.objects.iter().skip(1) {
+    let own = change.hold.object_id.clone();
+    for alias in command.objects.iter().filter(|object| own.as_ref() != Some(object)) {
         if !change.hold.aliases.contains(alias) && change.hold.aliases.len() < ALIASES_MAX {
             change.hold.aliases.push(alias.clone());
         }

@@ -80,9 +80,9 @@ impl Params {
         names.iter().find_map(|name| Some((*name, self.get(name).filter(|value| !value.is_empty())?)))
     }
 
-    /// Whether any parameter with one of these base names is given.
-    pub fn names_any(&self, bases: &[&'static str]) -> bool {
-        self.0.iter().any(|(name, _)| bases.contains(&base(name)))
+    /// Whether no parameter but those with these base names is given.
+    pub fn names_only(&self, bases: &[&'static str]) -> bool {
+        self.0.iter().all(|(name, _)| bases.contains(&base(name)))
     }
 
     /// The same with one parameter's value in lower case, for values whose case means nothing.

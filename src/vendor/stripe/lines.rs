@@ -19,8 +19,7 @@ pub(super) fn named_amount(price: &Price, params: &Params) -> Result<Option<(u64
     }
     let unit = params.first_of(UNITS);
     match (amount(params, name)?, unit) {
-        (Some(_), Some((unit, _))) => Err(invalid(unit, "must not be given with 'amount'")),
-        (Some(minor), None) => Ok(Some((minor, name))),
+        (Some(minor), _) => amount_alone(params).map(|()| Some((minor, name))),
         (None, None) => Ok(None),
         (None, Some((unit, text))) => {
             let quantity = amount(params, "quantity")?.unwrap_or(1);
@@ -29,6 +28,16 @@ pub(super) fn named_amount(price: &Price, params: &Params) -> Result<Option<(u64
             })?;
             Ok(Some((minor, unit)))
         }
+    }
+}
+
+/// Refuses whatever names an amount beside `amount`.
+pub(super) fn amount_alone(params: &Params) -> Result<(), Refusal> {
+    let others = ["quantity", "price", "price_data", "pricing", "unit_amount", "unit_amount_decimal"];
+    let other = params.pairs().iter().find(|(name, _)| others.contains(&form::base(name)));
+    match other {
+        Some((name, _)) => Err(invalid(name, "must not be given with 'amount'")),
+        None => Ok(()),
     }
 }
 

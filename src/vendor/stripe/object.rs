@@ -109,9 +109,11 @@ pub fn look(reading: &Reading<'_>, price: &Price) -> Option<(Look, Purpose)> {
             let (id, source) = in_path()?;
             (id, source, Purpose::Use(*verb))
         }
+        // What an invoice stands for already is part of what it may come to.
         Terms::Ceiling { .. } => {
             let (id, source) = in_path()?;
-            (id, source, Purpose::Fields)
+            let purpose = if price.always_read { Purpose::Use(Verb::Reprice) } else { Purpose::Fields };
+            (id, source, purpose)
         }
         Terms::Return(params) if params.is_empty() => {
             let (id, source) = in_path()?;
@@ -126,8 +128,12 @@ pub fn look(reading: &Reading<'_>, price: &Price) -> Option<(Look, Purpose)> {
     is_id(id).then(|| (source.look(id), purpose))
 }
 
-/// The read of an object that a call would end.
-pub fn look_of_ending(reading: &Reading<'_>) -> Option<Look> {
+/// The read of an object of which only its fields are asked: one that a call would end, or leave as it is.
+pub fn look_of_fields(reading: &Reading<'_>) -> Option<Look> {
+    let id = reading.ids.first().filter(|id| is_id(id))?;
+    if let Some(price) = &reading.operation.price {
+        return price.reads.first().map(|source| source.look(id));
+    }
     let source = match reading.operation.ends? {
         Answers::Intent => Source::Intent,
         Answers::Invoice => Source::Invoice,
@@ -147,7 +153,7 @@ pub fn look_of_ending(reading: &Reading<'_>) -> Option<Look> {
         | Answers::BalanceTransaction
         | Answers::CheckoutSession => return None,
     };
-    reading.ids.first().filter(|id| is_id(id)).map(|id| source.look(id))
+    Some(source.look(id))
 }
 
 /// Whether a text can only be an id: it becomes part of a path.
@@ -173,7 +179,6 @@ pub fn seen(look: &Look, purpose: Purpose, body: &[u8]) -> Option<Seen> {
         currency,
         moved,
         customer: reference(&body, "customer"),
-        retried: look.source == Source::Invoice && is_retried(&body),
     })
 }
 
@@ -222,12 +227,6 @@ const fn left(whole: u64, gone: u64) -> u64 {
 
 fn is_draft(invoice: &Value) -> bool {
     text(invoice, "status") == Some("draft")
-}
-
-/// Whether Stripe collects an invoice by itself, again after a decline.
-pub(super) fn is_retried(invoice: &Value) -> bool {
-    let automatic = text(invoice, "collection_method") != Some("send_invoice");
-    automatic && invoice.get("auto_advance").and_then(Value::as_bool) != Some(false)
 }
 
 /// Objects whose money an answer's object now carries: the items that an invoice bills.

@@ -26,8 +26,8 @@ pub struct Price {
     pub always_read: bool,
     /// Parameters of which the first that is given is the payer or object of a call.
     pub payer: Vec<&'static str>,
-    /// A call without any of these moves no money; empty: every call may.
-    pub only: Vec<&'static str>,
+    /// A call with none but these moves and re-prices nothing; `None`: every call may.
+    pub harmless: Option<Vec<&'static str>>,
     /// Whether it makes an object that can carry the stamp.
     pub stamp: bool,
 }
@@ -114,7 +114,7 @@ impl Price {
             reads: list("reads").into_iter().filter_map(Source::read).collect(),
             always_read: has("always"),
             payer: list("payer"),
-            only: list("only"),
+            harmless: value("harmless").map(|text| text.split('|').collect()),
             stamp: has("stamp"),
         })
     }

@@ -268,7 +268,7 @@ pub fn intent(
     let params = &reading.params;
     let claim = match priced {
         Some(price) => claim(price, reading, key, around.exchange)?,
-        None => Claim::Unpriced,
+        None => Claim::Unpriced { object: reading.ids.first().cloned() },
     };
     let account = reading.account.as_deref().unwrap_or_default();
     let open_constraints = rules::keep_constraints(reading, key, rules::Effect::of(priced))?;
@@ -300,6 +300,8 @@ pub fn intent(
         open_constraints,
         rates: Arc::clone(&around.exchange.rates),
         seen: None,
+        payable_after_decline: priced.is_some_and(|price| stays_payable(price, key)),
+        read_against: None,
         pin: priced.and_then(|price| price.pin).map(str::to_owned),
     })
 }
@@ -324,9 +326,12 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
             if minor.is_none() && *verb == Verb::Increment {
                 return Err(missing(price.amount.unwrap_or("amount")));
             }
-            // What else changes an amount (a quantity, a price) does not tell the new one.
-            if minor.is_none() && *verb == Verb::Reprice && params.get("currency").is_none() {
-                return ceiling(price, reading, key, exchange);
+            // What else changes the amount of an item (a quantity, a price, a tax) does not tell the new one.
+            if price.answers == Answers::InvoiceItem {
+                match minor {
+                    None => return ceiling(price, reading, key, exchange),
+                    Some(_) => lines::amount_alone(params)?,
+                }
             }
             Claim::Use {
                 object: object.unwrap_or_default(),
@@ -345,13 +350,19 @@ fn claim(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -
     })
 }
 
+/// Whether a declined object can still be paid without a call through here: an invoice by Stripe itself or on its page, an
+/// intent by whoever holds its secret.
+fn stays_payable(price: &Price, key: &Key) -> bool {
+    price.answers == Answers::Invoice || (price.answers == Answers::Intent && key.client_secrets)
+}
+
 /// What the key says that one call may cost, for a call that does not say so itself. What its lines do name is the least
 /// that it costs, and has to fit.
 fn ceiling(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange) -> Result<Claim, Refusal> {
     let Some(usd) = key.caps.per_request else {
         let exact = key.grant_for(reading.operation.template).is_some_and(|grant| !grant.wildcard);
         if key.is_uncapped() && exact {
-            return Ok(Claim::Unpriced);
+            return Ok(Claim::Unpriced { object: reading.ids.first().cloned() });
         }
         return Err(match price.amount {
             Some(name) => missing(name),
@@ -378,7 +389,9 @@ fn ceiling(price: &Price, reading: &Reading<'_>, key: &Key, exchange: &Exchange)
         Terms::Named | Terms::Return(_) => false,
     };
     let object = reading.ids.first().cloned().filter(|_| price.terms != Terms::Named);
-    Ok(Claim::Ceiling { object, usd, on_its_hold })
+    // A row of its own says so; a new price of an item replaces the old one.
+    let always_read = price.always_read && on_its_hold;
+    Ok(Claim::Ceiling { object, usd, on_its_hold, always_read })
 }
 
 /// The object whose money goes back.

@@ -1,5 +1,6 @@
 //! What a key's grant means for an operation, and which parameters no grant opens.
 
+use crate::intent::Verb;
 use crate::key::{Caps, Constraint, Key};
 use crate::refusal::{Code, Refusal};
 use crate::vendor::stripe::STAMP_PARAM;
@@ -34,7 +35,7 @@ impl Effect {
     #[must_use]
     pub fn of_call(self, params: &Params) -> Self {
         match self {
-            Self::Priced(price) if !price.only.is_empty() && !params.names_any(&price.only) => Self::Free,
+            Self::Priced(Price { harmless: Some(harmless), .. }) if params.names_only(harmless) => Self::Free,
             Self::Priced(_) | Self::Free | Self::Ends(_) | Self::Unpriced => self,
         }
     }
@@ -73,7 +74,7 @@ fn effect_on_money(operation: &'static Operation, caps: &Caps, wildcard: bool) -
     let name = operation.template;
     let has_ceiling = caps.per_request.is_some();
     let how = match &operation.price {
-        Some(Price { terms: Terms::Ceiling { .. }, only, .. }) if !has_ceiling && only.is_empty() => {
+        Some(Price { terms: Terms::Ceiling { .. }, harmless: None, .. }) if !has_ceiling => {
             "only a key with max_usd_per_request may call it, which is then held for each call"
         }
         Some(price) => return Ok(Effect::Priced(price)),
@@ -112,9 +113,11 @@ const REDIRECTING_PARAMS: &[&str] = &[
     "refund_application_fee",
     "origin",
     "issuer",
+    "payout_method",
+    "financial_account",
 ];
 /// Parameters that give away what a customer owes.
-const WAIVING_PARAMS: &[&str] = &["paid_out_of_band", "forgive", "balance"];
+const WAIVING_PARAMS: &[&str] = &["paid_out_of_band", "payment_record", "forgive", "balance"];
 /// Words of a name that carry card or bank account numbers.
 const NUMBER_WORDS: &[&str] = &[
     "number",
@@ -131,14 +134,26 @@ const NUMBER_WORDS: &[&str] = &[
 /// Words of a name whose value `if_available` would let more be taken than was authorised.
 const OVERTAKING_WORDS: &[&str] =
     &["request_overcapture", "request_multicapture", "request_incremental_authorization"];
-/// Words of a name that put something on top of the amount.
-const SURCHARGING_WORDS: &[&str] = &["surcharge"];
+/// Words of a name that let the amount grow beyond what is named: by Stripe, by the customer in a browser, or by a number
+/// that is not read here.
+const RAISING_WORDS: &[&str] = &[
+    "surcharge",
+    "adjustable_quantity",
+    "optional_items",
+    "custom_unit_amount",
+    "adaptive_pricing",
+    "after_expiration",
+    "quantity_decimal",
+];
+/// Parameters by which an operation without an amount makes Stripe collect what is due.
+const COLLECTING_PARAMS: &[(&str, &[&str])] =
+    &[("POST /v1/customers/{customer}", &["source", "card", "bank_account"])];
 
 /// Refuses parameters that hide a credential, send money elsewhere, carry card data or take the stamp's place.
 ///
 /// # Errors
 /// `request_ambiguous`, `parameter_not_allowed` or `parameter_invalid`, naming the parameter and never its value.
-pub fn refuse_parameters(params: &Params, key: &Key) -> Result<(), Refusal> {
+pub fn refuse_parameters(operation: &Operation, params: &Params, key: &Key) -> Result<(), Refusal> {
     let uncapped = key.is_uncapped();
     for (name, value) in params.pairs() {
         let not_allowed =
@@ -166,8 +181,13 @@ pub fn refuse_parameters(params: &Params, key: &Key) -> Result<(), Refusal> {
         if has(OVERTAKING_WORDS) && value != "never" && !uncapped {
             return not_allowed("would let more be taken than is held; only `never` is allowed under a cap");
         }
-        if has(SURCHARGING_WORDS) && !uncapped {
-            return not_allowed("puts money on top of the amount that is held");
+        if has(RAISING_WORDS) && !uncapped {
+            return not_allowed("lets the amount rise beyond what is held");
+        }
+        let collects = COLLECTING_PARAMS.iter().find(|(template, _)| *template == operation.template);
+        if collects.is_some_and(|(_, params)| params.contains(&form::base(name))) && !uncapped && !constrained
+        {
+            return not_allowed("makes Stripe collect what is due, which nobody counts here");
         }
         if name == STAMP_PARAM {
             return Err(Refusal::of_param(
@@ -227,7 +247,8 @@ pub fn keep_constraints(
 ) -> Result<Vec<Constraint>, Refusal> {
     let params = &reading.params;
     let is_read = reading.operation.class == Class::Read;
-    let has_object = has_object(effect);
+    let has_object = has_object(reading, effect);
+    let changes_amount = changes_amount(effect);
     let mut open = Vec::new();
     for constraint in &key.constraints {
         let param = constraint.param.as_str();
@@ -241,7 +262,7 @@ pub fn keep_constraints(
             // What a later call says of the payer does not make the object his.
             false if has_object && ["customer", "currency"].contains(&param) => open.push(constraint.clone()),
             false => {}
-            true if has_object && object_tells(param) => {
+            true if has_object && object_tells(param) && !(changes_amount && AMOUNTS.contains(&param)) => {
                 let other = AMOUNTS.contains(&param)
                     && AMOUNTS
                         .iter()
@@ -260,7 +281,7 @@ pub fn keep_constraints(
 }
 
 /// Whether a call is about an object that can be read, or that the ledger may know.
-fn has_object(effect: Effect) -> bool {
+fn has_object(reading: &Reading<'_>, effect: Effect) -> bool {
     match effect {
         Effect::Ends(_) => true,
         Effect::Priced(price) => match price.terms {
@@ -268,7 +289,20 @@ fn has_object(effect: Effect) -> bool {
             Terms::Use(_) | Terms::Return(_) => true,
             Terms::Ceiling { .. } => !price.reads.is_empty(),
         },
-        Effect::Free | Effect::Unpriced => false,
+        // A harmless call of an operation that is priced.
+        Effect::Free => reading.operation.price.as_ref().is_some_and(|price| !price.reads.is_empty()),
+        Effect::Unpriced => false,
+    }
+}
+
+/// Whether the object's amount is another one after the call, so that the old one says nothing.
+fn changes_amount(effect: Effect) -> bool {
+    match effect {
+        Effect::Priced(price) => match price.terms {
+            Terms::Use(Verb::Increment | Verb::Reprice) | Terms::Ceiling { .. } => true,
+            Terms::Use(Verb::Confirm | Verb::Capture) | Terms::Named | Terms::Return(_) => false,
+        },
+        Effect::Free | Effect::Ends(_) | Effect::Unpriced => false,
     }
 }
 
@@ -455,7 +489,8 @@ pub(crate) mod tests {
             effect.of_call(&Params::parse(text.as_bytes()).unwrap()) == Effect::Free
         };
         let update = "POST /v1/payment_intents/{intent}";
-        assert!(of(update, "metadata[a]=1&description=x&payment_method=pm_1"));
+        assert!(of(update, "metadata[a]=1&description=x"));
+        assert!(!of(update, "description=x&payment_method=pm_1"), "an amount may depend on it");
         assert!(!of(update, "amount=5"));
         assert!(!of(update, "currency=eur"));
         let cancel = "DELETE /v1/subscriptions/{subscription_exposed_id}";
@@ -463,6 +498,7 @@ pub(crate) mod tests {
         assert!(!of(cancel, "invoice_now=true"));
         let item = "POST /v1/invoiceitems/{invoiceitem}";
         assert!(of(item, "description=x"));
+        assert!(!of(item, "discountable=false"));
         assert!(!of(item, "price_data[unit_amount]=5"));
         assert!(!of("POST /v1/charges", ""));
     }
@@ -472,7 +508,7 @@ pub(crate) mod tests {
         let check = |text: &str, uncapped| {
             let params = Params::parse(text.as_bytes()).unwrap();
             refuse_credentials(&params)
-                .and_then(|()| refuse_parameters(&params, &key(uncapped)))
+                .and_then(|()| refuse_parameters(operation("POST /v1/charges"), &params, &key(uncapped)))
                 .map_err(|refusal| (refusal.code, refusal.param.unwrap()))
         };
         for (text, code) in [
@@ -493,6 +529,12 @@ pub(crate) mod tests {
             ("invoice_settings[issuer][account]=acct_1", Code::ParameterNotAllowed),
             ("items[0][price_data][on_behalf_of]=acct_1", Code::ParameterNotAllowed),
             ("amount_details[surcharge][amount]=5", Code::ParameterNotAllowed),
+            ("payout_method=fa_1", Code::ParameterNotAllowed),
+            ("payment_record=pr_1", Code::ParameterNotAllowed),
+            ("line_items[0][adjustable_quantity][enabled]=true", Code::ParameterNotAllowed),
+            ("optional_items[0][price]=price_1", Code::ParameterNotAllowed),
+            ("after_expiration[recovery][enabled]=true", Code::ParameterNotAllowed),
+            ("quantity_decimal=10000", Code::ParameterNotAllowed),
             // What is owed is given away.
             ("paid_out_of_band=true", Code::ParameterNotAllowed),
             ("forgive=true", Code::ParameterNotAllowed),

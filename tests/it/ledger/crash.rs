@@ -210,7 +210,8 @@ async fn check(world: &World, run: &Run, image: Vec<u8>, marks: &[Mark], what: &
         if after.reads().key(*key).unwrap().is_some_and(|key| key.status(now) == Status::Active) {
             match after.admit(*key, ask).await.unwrap() {
                 Admitted::Replay { answer, .. } => assert_eq!(answer.body, *body, "{what}"),
-                other @ (Admitted::Held(_) | Admitted::Refused(_) | Admitted::Look | Admitted::Tell(_)) => {
+                other
+                @ (Admitted::Held(_) | Admitted::Refused(_) | Admitted::Look(_) | Admitted::Tell(_)) => {
                     panic!("{what}: {ask:?} got {other:?}")
                 }
             }

@@ -61,7 +61,7 @@ async fn history_of_objects(world: &World) {
         let currency = Currency::parse(currency).unwrap();
         let ceiling = Some(Money { minor, currency });
         let customer = Some("cus_1".to_owned());
-        world.tells(object, Seen { ceiling, currency: Some(currency), moved, customer, retried: false });
+        world.tells(object, Seen { ceiling, currency: Some(currency), moved, customer });
         let held = world.held(key, &of(Deed::Confirm, object)).await;
         let resolve = world.resolve(Outcome::Pending { minor }, &[object], Some(200));
         world.ledger().resolve(held, resolve).await.unwrap();

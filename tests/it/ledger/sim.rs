@@ -120,7 +120,6 @@ impl Object {
             currency: Some(Currency::USD),
             moved: if self.state == State::Moved { self.minor } else { 0 },
             customer: None,
-            retried: false,
         }
     }
 }
@@ -430,7 +429,7 @@ impl History {
             }
             // What was found or said to be executed has no answer that was seen.
             Admitted::Tell(executed) => assert!(self.known.contains(&executed.object_id), "{executed:?}"),
-            Admitted::Look => panic!("every object has a record"),
+            Admitted::Look(_) => panic!("every object has a record"),
         }
     }
 

@@ -40,7 +40,7 @@ macro_rules! conformance {
             a_lowered_clock_opens_no_resend a_clock_that_is_set_back_opens_no_resend
             a_ledger_is_bound_once equal_refusals_are_counted
             one_row_for_each_call old_records_go_and_the_chain_holds a_hold_is_resolved_once
-            an_object_made_elsewhere_is_read_before_it_is_held what_the_vendor_tries_again_stays_held
+            an_object_made_elsewhere_is_read_before_it_is_held what_can_still_be_paid_stays_held
             a_ceiling_is_held_for_each_call a_hold_keeps_its_rate
             a_doubt_ends_by_what_is_found an_operator_ends_a_doubt_either_way what_is_forgotten_can_be_made_again
             a_key_says_when_a_declined_call_is_worth_another_try
@@ -64,7 +64,7 @@ pub(super) use doubts::{
 mod elsewhere;
 pub(super) use elsewhere::{
     a_ceiling_is_held_for_each_call, a_hold_keeps_its_rate,
-    an_object_made_elsewhere_is_read_before_it_is_held, what_the_vendor_tries_again_stays_held,
+    an_object_made_elsewhere_is_read_before_it_is_held, what_can_still_be_paid_stays_held,
 };
 
 pub(super) async fn money_is_reserved_settled_and_booked(world: World) {
@@ -224,7 +224,9 @@ pub(super) async fn many_at_once_never_exceed_a_cap(world: World) {
                 assert_eq!(refusal.code, Code::SpendCapExceeded);
                 refused += 1;
             }
-            Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => panic!("nothing was done before"),
+            Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => {
+                panic!("nothing was done before")
+            }
         }
     }
     assert_eq!((held.len(), refused), (14, 46));
@@ -248,7 +250,7 @@ pub(super) async fn equal_calls_at_once_are_sent_once(world: World) {
     let held = admitted.iter().filter(|admitted| matches!(admitted, Admitted::Held(_))).count();
     let in_use = |admitted: &&Admitted| match admitted {
         Admitted::Refused(refusal) => refusal.code == Code::IdempotencyKeyInUse,
-        Admitted::Held(_) | Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => false,
+        Admitted::Held(_) | Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => false,
     };
     assert_eq!((held, admitted.iter().filter(in_use).count()), (1, 49));
     assert_eq!(world.total(key, Lane::In).held, usd("1.00"));
@@ -1013,7 +1015,7 @@ pub(super) async fn rows_go_when_their_time_has_come(world: World) {
     };
     let admitted = world.admit(other, &refund).await.unwrap();
     assert!(
-        matches!(admitted, Admitted::Look),
+        matches!(admitted, Admitted::Look(_)),
         "a refund of an object that is not known any more: {admitted:?}"
     );
     world.check();
@@ -1201,7 +1203,7 @@ async fn may_be_sent_again(world: &World, key: KeyId, name: &str) -> bool {
             world.ledger().resolve(held, world.resolve(Outcome::Unknown, &[], None)).await.unwrap();
             true
         }
-        Admitted::Replay { .. } | Admitted::Look | Admitted::Tell(_) => panic!("{name} has no answer"),
+        Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => panic!("{name} has no answer"),
     }
 }
 

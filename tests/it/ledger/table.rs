@@ -6,7 +6,8 @@
 //! | `K charge\|intent NAME AMOUNT [param=value…]` | `send UPSTREAM-KEY [again]`, `replay`, `refuse CODE [cap, param or retry]` |
 //! | `K confirm\|capture\|increment\|refund NAME OBJECT [AMOUNT]`, `K unpriced NAME` | the same |
 //! | `K ceiling NAME [OBJECT]` | the same: 50.00 for one call |
-//! | `record OBJECT AMOUNT [CURRENCY] [moved=AMOUNT] [customer=ID] [retried]` | nothing: what a read tells; without it: `look` |
+//! | `record OBJECT AMOUNT [CURRENCY] [moved=AMOUNT] [customer=ID]` | nothing: what a read tells; without it: `look` |
+//! | an object that is called `in_…` | can still be paid after a decline |
 //! | `answer NAME READING [AMOUNT] [OBJECT…] [replayed]` | state of the hold and what it holds |
 //! | `found NAME moved\|pending\|declined [AMOUNT] [OBJECT]` | the same: what recovery found |
 //! | `resolve NAME spent AMOUNT OBJECT`, `resolve NAME not_executed` | the same, or `conflict`: what an operator says |
@@ -128,7 +129,7 @@ impl Run {
                 "replay".to_owned()
             }
             Ok(Admitted::Refused(refusal)) => refused(&refusal),
-            Ok(Admitted::Look) => "look".to_owned(),
+            Ok(Admitted::Look(_)) => "look".to_owned(),
             Ok(Admitted::Tell(executed)) => format!("tell {}", executed.object_id),
             Err(error) => failed(&error),
         }
@@ -314,7 +315,6 @@ fn seen(rest: &[&str]) -> Seen {
         currency: Some(currency),
         moved: value("moved").map_or(0, |text| text.parse().unwrap()),
         customer: value("customer").map(str::to_owned),
-        retried: rest.contains(&"retried"),
     }
 }
 

@@ -108,10 +108,13 @@ impl Ask {
             Deed::Capture => uses(Verb::Capture),
             Deed::Increment => uses(Verb::Increment),
             Deed::Refund => Claim::Return { of: object(), minor: self.minor },
-            Deed::Ceiling => {
-                Claim::Ceiling { object: self.object.clone(), usd: usd("50.00"), on_its_hold: true }
-            }
-            Deed::Unpriced => Claim::Unpriced,
+            Deed::Ceiling => Claim::Ceiling {
+                object: self.object.clone(),
+                usd: usd("50.00"),
+                on_its_hold: true,
+                always_read: false,
+            },
+            Deed::Unpriced => Claim::Unpriced { object: self.object.clone() },
         }
     }
 
@@ -308,6 +311,8 @@ impl World {
             open_constraints: Vec::new(),
             rates: Arc::new(Rates::new(vec![(Currency::parse("eur").unwrap(), EUR)])),
             seen: None,
+            payable_after_decline: ask.object.as_ref().is_some_and(|object| object.starts_with("in_")),
+            read_against: None,
             pin: Some("amount".to_owned()),
         }
     }
@@ -337,10 +342,11 @@ impl World {
         let mut command = self.command(key, ask);
         let admitted = self.ledger().admit(key, command.clone()).await?;
         let seen = ask.object.as_ref().and_then(|object| self.records.borrow().get(object).cloned());
-        if !matches!(admitted, Admitted::Look) || seen.is_none() {
+        let (Admitted::Look(mark), Some(seen)) = (&admitted, seen) else {
             return Ok(admitted);
-        }
-        command.intent.seen = seen;
+        };
+        command.intent.seen = Some(seen);
+        command.intent.read_against = *mark;
         self.ledger().admit(key, command).await
     }
 
@@ -353,7 +359,10 @@ impl World {
     pub(super) async fn held(&self, key: KeyId, ask: &Ask) -> Held {
         match self.admit(key, ask).await.unwrap() {
             Admitted::Held(held) => held,
-            other @ (Admitted::Replay { .. } | Admitted::Refused(_) | Admitted::Look | Admitted::Tell(_)) => {
+            other @ (Admitted::Replay { .. }
+            | Admitted::Refused(_)
+            | Admitted::Look(_)
+            | Admitted::Tell(_)) => {
                 panic!("{ask:?}: {other:?}")
             }
         }

@@ -36,18 +36,18 @@ pub(in crate::ledger) async fn an_object_made_elsewhere_is_read_before_it_is_hel
     .await;
 }
 
-pub(in crate::ledger) async fn what_the_vendor_tries_again_stays_held(world: World) {
+pub(in crate::ledger) async fn what_can_still_be_paid_stays_held(world: World) {
     check(
         world,
         "
         key k daily=100
-        record in_1 600 retried
+        record in_1 600
         k confirm a in_1                -> send a
         answer a declined               -> open 6.00
         k confirm b in_1                -> send b
         answer b moved 600 in_1         -> spent 6.00
-        record in_2 600
-        k confirm c in_2                -> send c
+        record pi_2 600
+        k confirm c pi_2                -> send c
         answer c declined               -> void 6.00
         sum k                           -> spent 6.00 calls 1
         ",
