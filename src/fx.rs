@@ -5,6 +5,7 @@
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use serde::Deserialize;
 
@@ -98,6 +99,27 @@ impl Table {
     /// What one whole unit of each currency counts, in micro-dollars, for an operator to compare with the newspaper.
     pub fn units(&self) -> impl Iterator<Item = (&str, u64)> {
         self.rates.iter().map(|(currency, rate)| (currency.as_str(), unit_micro_usd(*currency, *rate)))
+    }
+}
+
+/// The table that holds now, shared by all who count.
+#[derive(Debug)]
+pub struct Book(RwLock<Arc<Table>>);
+
+impl Book {
+    /// With a first table.
+    pub fn new(table: Table) -> Self {
+        Self(RwLock::new(Arc::new(table)))
+    }
+
+    /// Puts newer rates in the place of the old ones. What is held already keeps its own.
+    pub fn set(&self, table: Table) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+    }
+
+    /// The table.
+    pub fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

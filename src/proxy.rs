@@ -10,7 +10,7 @@ pub mod rate;
 pub mod read;
 pub mod reply;
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,7 +25,7 @@ use crate::account::AccountState;
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::call::Estate;
 use crate::forward::{Forwarder, FreeRequest};
-use crate::fx::Table;
+use crate::fx::Book;
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::{Constraint, Key};
@@ -75,7 +75,7 @@ pub struct Proxy {
     metrics: Metrics,
     flights: Flights,
     tracker: TaskTracker,
-    fx: RwLock<Arc<Table>>,
+    fx: Arc<Book>,
     buckets: Buckets,
     room: Arc<Semaphore>,
 }
@@ -126,7 +126,7 @@ impl Proxy {
         forwarder: Arc<Forwarder>,
         account: Arc<AccountState>,
         metrics: Metrics,
-        fx: Table,
+        fx: Arc<Book>,
     ) -> Self {
         Self {
             config,
@@ -136,20 +136,15 @@ impl Proxy {
             metrics,
             flights: Flights::default(),
             tracker: TaskTracker::new(),
-            fx: RwLock::new(Arc::new(fx)),
+            fx,
             buckets: Buckets::default(),
             room: Arc::new(Semaphore::new(ROOM_KIB)),
         }
     }
 
-    /// Puts newer rates in the place of the old ones. What is held already keeps its own.
-    pub fn set_fx(&self, table: Table) {
-        *self.fx.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
-    }
-
     /// What other currencies count right now.
     fn exchange(&self) -> Exchange {
-        let table = Arc::clone(&self.fx.read().unwrap_or_else(PoisonError::into_inner));
+        let table = self.fx.table();
         let now = self.ledger.now();
         Exchange {
             rates: Arc::new(table.at(now)),

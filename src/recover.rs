@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::account::AccountState;
 use crate::call::{Attempt, Call, StoredAnswer};
 use crate::forward::{Forwarder, FreeRequest};
+use crate::fx::Book;
 use crate::hold::{ExactRequest, Facts, Hold, HoldState, LiveCall};
 use crate::id::HoldId;
 use crate::ledger::rules::resolve::{EndDoubt, Known};
@@ -60,6 +61,8 @@ pub struct Recovery {
     pub forwarder: Arc<Forwarder>,
     /// Whose account.
     pub account: Arc<AccountState>,
+    /// What other currencies count.
+    pub fx: Arc<Book>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -257,7 +260,8 @@ impl Recovery {
     ) -> Result<Look, LedgerError> {
         let body = object.to_string().into_bytes();
         let is_ceiling = hold.is_ceiling;
-        let proof = hold.money().map(|held| find::proof_of_stamped(lost, held, is_ceiling, &body));
+        let rates = self.fx.table().at(self.ledger.now());
+        let proof = hold.money().map(|held| find::proof_of_stamped(lost, held, is_ceiling, &rates, &body));
         let Some(Proof::Of(outcome, objects)) = proof else {
             let came_to =
                 "the object with the stamp was found, and says nothing that can be booked".to_owned();
@@ -327,9 +331,21 @@ impl Recovery {
         let Some(answer) = self.read(&request, path.clone(), Vec::new()).await else {
             return Ok(Look::TurnedAway);
         };
-        if let Some(record) =
-            find::final_record(&object, answers, &answer.body).filter(|_| answer.status == 200)
-        {
+        let Some(currency) = hold.currency.filter(|_| answer.status == 200) else { return Ok(Look::Done) };
+        let rates = self.fx.table().at(self.ledger.now());
+        let record = match find::invoice_of(&object, &answer.body) {
+            None => find::final_record(&object, answers, currency, &rates, &answer.body),
+            Some(invoice) => {
+                tokio::time::sleep(Duration::from_millis(PAUSE_MS)).await;
+                let path = format!("/v1/invoices/{invoice}");
+                let Some(paid) = self.read(&request, path, Vec::new()).await else {
+                    return Ok(Look::TurnedAway);
+                };
+                let is_counted = self.ledger.redb().hold_of_object(&hold.account, &invoice)?.is_some();
+                find::billed_item(&answer.body, &paid.body, currency, is_counted)
+            }
+        };
+        if let Some(record) = record {
             let facts = Facts { method: "GET".to_owned(), endpoint: path, ..Facts::default() };
             self.ledger.observe(hold.account.clone(), object, facts, record).await?;
         }

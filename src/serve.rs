@@ -20,7 +20,7 @@ use crate::admin::{self, Admin};
 use crate::clock::ClockWatch;
 use crate::config::{self, Config};
 use crate::forward::Forwarder;
-use crate::fx::Table;
+use crate::fx::{Book, Table};
 use crate::id::{BootId, LedgerId};
 use crate::ledger::{Ledger, LedgerError, Opening};
 use crate::money::MicroUsd;
@@ -80,6 +80,7 @@ struct Sidecar {
     ledger: Ledger,
     forwarder: Arc<Forwarder>,
     account: Arc<AccountState>,
+    fx: Arc<Book>,
     proxy: Arc<Proxy>,
     admin: Arc<Admin>,
     ops: Arc<Ops>,
@@ -174,6 +175,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
     let metrics = Metrics::default();
     let mut registry = Registry::default();
     metrics.register(&mut registry);
+    let fx = Arc::new(Book::new(config.fx.clone()));
     let proxy = Arc::new(Proxy::new(
         ProxyConfig {
             node: config.node.clone(),
@@ -185,7 +187,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         Arc::clone(&forwarder),
         Arc::clone(&account),
         metrics.clone(),
-        config.fx.clone(),
+        Arc::clone(&fx),
     ));
     tell_rates(&config.fx, now);
     let admin = Arc::new(Admin {
@@ -197,7 +199,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         metrics: metrics.clone(),
     });
     let ops = Arc::new(Ops { ledger: ledger.clone(), account: Arc::clone(&account), clock: watch, registry });
-    Ok(Sidecar { ledger, forwarder, account, proxy, admin, ops, metrics, tls })
+    Ok(Sidecar { ledger, forwarder, account, fx, proxy, admin, ops, metrics, tls })
 }
 
 #[expect(clippy::disallowed_methods, reason = "certificates are dated by the machine's clock")]
@@ -252,6 +254,7 @@ fn spawn_recovery(sidecar: &Sidecar, stop: &CancellationToken) {
         ledger: sidecar.ledger.clone(),
         forwarder: Arc::clone(&sidecar.forwarder),
         account: Arc::clone(&sidecar.account),
+        fx: Arc::clone(&sidecar.fx),
         metrics: sidecar.metrics.clone(),
     };
     tokio::spawn(recovery.run(stop.clone()));
@@ -260,7 +263,7 @@ fn spawn_recovery(sidecar: &Sidecar, stop: &CancellationToken) {
 /// Takes over the rates of other currencies whenever their file changes.
 fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
     let Some(file) = config.fx_file.clone() else { return };
-    let (proxy, stop, clock) = (Arc::clone(&sidecar.proxy), stop.clone(), Clock::System);
+    let (fx, stop, clock) = (Arc::clone(&sidecar.fx), stop.clone(), Clock::System);
     let mut known = Ok(config.fx.clone());
     tokio::spawn(async move {
         while !wait_or_stop(FX_LOOK_MS, &stop).await {
@@ -271,7 +274,7 @@ fn spawn_fx_look(sidecar: &Sidecar, config: &Config, stop: &CancellationToken) {
             match &read {
                 Ok(table) => {
                     tell_rates(table, clock.now());
-                    proxy.set_fx(table.clone());
+                    fx.set(table.clone());
                 }
                 Err(why) => {
                     tracing::error!(why, "FX_FILE cannot be used; the old rates stay until they are stale");
@@ -313,7 +316,7 @@ fn spawn_reload(
     let (admin, forwarder, tls) =
         (Arc::clone(&sidecar.admin), Arc::clone(&sidecar.forwarder), sidecar.tls.clone());
     let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
-    let proxy = Arc::clone(&sidecar.proxy);
+    let fx = Arc::clone(&sidecar.fx);
     tokio::spawn(async move {
         loop {
             tokio::select! {
@@ -328,7 +331,7 @@ fn spawn_reload(
             if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
             }
-            proxy.set_fx(config.fx);
+            fx.set(config.fx);
             admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);
             // The old key goes on until the new one is known to be of the same account: not one call may be made under
             // another's.

@@ -24,6 +24,7 @@ use crate::proxy::{Course, No, Proxy, own_key_refused};
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::telemetry::{EndLabels, OutcomeLabels};
+use crate::time::UnixMs;
 use crate::upstream::{self, Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer, Expected};
 use crate::vendor::stripe::find;
@@ -238,7 +239,8 @@ impl Proxy {
             }
             (Sent::Answered(_) | Sent::NotSent { .. } | Sent::Unknown { .. }, _) => None,
         };
-        let told = Told::of(&sent, &held, work, more.as_ref());
+        let asked_at = UnixMs::from_millis(self.ledger.now().millis().saturating_sub(course.elapsed_ms()));
+        let told = Told::of(&sent, &held, work, more.as_ref(), asked_at);
         let outcome = call::conclude(&told.meaning, held.first_send(), told.replayed, held.basis());
         self.note_own_key(&told.meaning);
         let name = outcome_name(outcome);
@@ -352,7 +354,7 @@ struct Told {
 }
 
 impl Told {
-    fn of(sent: &Sent, held: &Held, work: &Work, more: Option<&upstream::Answer>) -> Self {
+    fn of(sent: &Sent, held: &Held, work: &Work, more: Option<&upstream::Answer>, asked_at: UnixMs) -> Self {
         match sent {
             Sent::NotSent { .. } => Self::nothing(Meaning::NotSent, false),
             Sent::Unknown { reason } => Self::nothing(Meaning::Silence, *reason == UnknownReason::TimedOut),
@@ -361,6 +363,9 @@ impl Told {
                     answers: price.answers,
                     held,
                     is_ceiling: matches!(work.intent.claim, Claim::Ceiling { .. }),
+                    rates: &work.intent.rates,
+                    params: &work.intent.request.params,
+                    asked_at,
                 });
                 let told = Answer { status: answer.status, body: &answer.body };
                 let (meaning, objects) = answer::read(told, expected, more.map(|more| more.body.as_ref()));
@@ -391,7 +396,7 @@ impl Told {
     }
 }
 
-fn stored(answer: &upstream::Answer, request_id: &str, at: crate::time::UnixMs) -> StoredAnswer {
+fn stored(answer: &upstream::Answer, request_id: &str, at: UnixMs) -> StoredAnswer {
     let text = |name: &HeaderName| answer.headers.get(name).and_then(|value| value.to_str().ok());
     // After a re-send the execution is another request than the one that brought its answer.
     let executed = text(&ORIGINAL_REQUEST).map(str::to_owned).or_else(|| request_id_of(answer));

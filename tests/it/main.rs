@@ -55,3 +55,5 @@ mod same_call;
 mod secrets;
 #[cfg(test)]
 mod tidy;
+#[cfg(test)]
+mod traps;

@@ -113,6 +113,9 @@ async fn answer(engine: &Engine, seen: Seen) -> Result<Response<Payload>, Cut> {
     match fault {
         Some(Fault::SlowMs(ms)) => wait_ms(*ms).await,
         Some(Fault::Hold) => hold(engine, &mut releases).await,
+        Some(Fault::Answer { headers, .. }) => {
+            wait_ms(headers.get("x-delay-ms").and_then(|ms| ms.parse().ok()).unwrap_or(0)).await;
+        }
         _ => {}
     }
     let reply = match plan {

@@ -3,7 +3,9 @@
 use serde_json::Value;
 
 use crate::call::{Reading, Record};
-use crate::money::{Currency, Money};
+use crate::money::{Currency, Money, Rates};
+use crate::time::UnixMs;
+use crate::vendor::stripe::form;
 use crate::vendor::stripe::object::{Look, Source, amount, amount_or, is_id, reference, text};
 use crate::vendor::stripe::pricing::Answers;
 
@@ -18,19 +20,29 @@ pub struct Answer<'a> {
 
 /// What was held for a call, as far as its answer is read against it.
 #[derive(Clone, Copy, Debug)]
-pub struct Expected {
+pub struct Expected<'a> {
     /// What a 2xx answers with.
     pub answers: Answers,
     /// What is held.
     pub held: Money,
     /// Whether that is only what the key allows for one call, in dollars, whatever the object is in.
     pub is_ceiling: bool,
+    /// What other currencies count, for an answer that is in another one than is held.
+    pub rates: &'a Rates,
+    /// What was sent.
+    pub params: &'a [(String, String)],
+    /// When it was sent, at the earliest.
+    pub asked_at: UnixMs,
 }
 
 /// What an answer to a money call says, and the objects that it names, the main one first.
 ///
 /// `expected` is `None` for a call whose price is not known. `more` is the body of the read that [`follow`] asked for.
-pub fn read(answer: Answer<'_>, expected: Option<Expected>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
+pub fn read(
+    answer: Answer<'_>,
+    expected: Option<Expected<'_>>,
+    more: Option<&[u8]>,
+) -> (Reading, Vec<String>) {
     let body: Option<Value> = serde_json::from_slice(answer.body).ok();
     match answer.status {
         200..=299 => body.map_or((UNCLEAR, Vec::new()), |body| read_object(&body, expected, more)),
@@ -46,10 +58,11 @@ pub fn read(answer: Answer<'_>, expected: Option<Expected>, more: Option<&[u8]>)
     }
 }
 
-/// What has to be read besides an answer to know how much moved: the first invoice of a new subscription.
+/// What has to be read besides an answer to know how much moved: the latest invoice of a subscription.
 pub fn follow(answer: Answer<'_>, answers: Answers) -> Option<Look> {
     let body: Value = serde_json::from_slice(answer.body).ok()?;
-    let is_executed = (200..300).contains(&answer.status) && answers == Answers::NewSubscription;
+    let is_billed = matches!(answers, Answers::NewSubscription | Answers::Subscription);
+    let is_executed = (200..300).contains(&answer.status) && is_billed;
     let invoice = body.get("latest_invoice").and_then(Value::as_str).filter(|_| is_executed)?;
     is_id(invoice).then(|| Source::Invoice.look(invoice))
 }
@@ -75,7 +88,8 @@ pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record)> {
     let moved = match (answers, status) {
         (Answers::Intent, "canceled") => amount(&body, "amount_received")?,
         (Answers::Invoice, "void") => amount(&body, "amount_paid")?,
-        (Answers::CheckoutSession, "expired") | (Answers::Payout | Answers::Refund, "canceled") => 0,
+        (Answers::CheckoutSession, "expired") if !is_recoverable(&body) => 0,
+        (Answers::Payout | Answers::Refund, "canceled") => 0,
         (Answers::Invoice | Answers::InvoiceItem, _) if deleted => 0,
         _ => return None,
     };
@@ -86,18 +100,18 @@ const UNCLEAR: Reading = Reading::Unclear { is_5xx: false };
 /// Money may move, and the answer does not say how much: all that is held stays held.
 const STAYS_HELD: Reading = Reading::Pending { minor: 0 };
 
-fn read_object(body: &Value, expected: Option<Expected>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
+fn read_object(body: &Value, expected: Option<Expected<'_>>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
     let Some(id) = text(body, "id") else { return (UNCLEAR, Vec::new()) };
     let mut objects = vec![id.to_owned()];
-    let Some(Expected { answers, held, is_ceiling }) = expected else {
-        return (Reading::Moved { minor: 0 }, objects);
-    };
+    let Some(expected) = expected else { return (Reading::Moved { minor: 0 }, objects) };
+    let Expected { answers, held, is_ceiling, rates, params, asked_at } = expected;
     if text(body, "object") != Some(answers.object()) {
         return (UNCLEAR, objects);
     }
-    // An amount in another currency than was held cannot be booked.
-    if text(body, "currency").and_then(Currency::parse) != Some(held.currency) {
-        return (if is_ceiling { STAYS_HELD } else { UNCLEAR }, objects);
+    let currency = text(body, "currency").and_then(Currency::parse);
+    // Only of what nobody could price before may the currency be another one than was held.
+    if currency != Some(held.currency) && !is_ceiling {
+        return (UNCLEAR, objects);
     }
     let reading = match answers {
         Answers::Charge => read_charge(body),
@@ -115,19 +129,45 @@ fn read_object(body: &Value, expected: Option<Expected>, more: Option<&[u8]>) ->
         Answers::Refund => read_refund(body),
         Answers::Invoice => read_invoice(body),
         Answers::InvoiceItem => Some(Reading::Pending { minor: positive(body, "amount") }),
-        Answers::NewSubscription => Some(read_new_subscription(body, more)),
+        Answers::NewSubscription => Some(read_new_subscription(body, more, params)),
+        Answers::Subscription => Some(read_changed_subscription(body, more, asked_at)),
         Answers::Transfer | Answers::TransferReversal => {
             amount(body, "amount").map(|minor| Reading::Moved { minor })
         }
         Answers::Payout => read_payout(body),
         Answers::BalanceTransaction => Some(Reading::Moved { minor: positive(body, "amount") }),
         Answers::CheckoutSession => Some(read_session(body)),
-        Answers::LineItem
-        | Answers::Subscription
-        | Answers::SubscriptionItem
-        | Answers::SubscriptionSchedule => Some(STAYS_HELD),
+        Answers::LineItem => {
+            // What it was about is its invoice.
+            objects.clear();
+            Some(STAYS_HELD)
+        }
+        Answers::SubscriptionItem | Answers::SubscriptionSchedule => Some(STAYS_HELD),
     };
-    (reading.unwrap_or(UNCLEAR), objects)
+    let reading = reading.unwrap_or(UNCLEAR);
+    match currency {
+        Some(currency) if currency != held.currency => (exchanged(&reading, currency, held, rates), objects),
+        Some(_) => (reading, objects),
+        None => (STAYS_HELD, objects),
+    }
+}
+
+/// The same in the currency that is held. What cannot be counted is more than was held, for all that is known.
+fn exchanged(reading: &Reading, currency: Currency, held: Money, rates: &Rates) -> Reading {
+    let (Reading::Moved { minor } | Reading::Pending { minor }) = reading else { return reading.clone() };
+    match (exchange(Money { minor: *minor, currency }, held.currency, rates), reading) {
+        (None, _) => Reading::Pending { minor: held.minor.saturating_add(1) },
+        (Some(minor), Reading::Moved { .. }) => Reading::Moved { minor },
+        (Some(minor), _) => Reading::Pending { minor },
+    }
+}
+
+/// What money counts in another currency, rounded up; `None` where a rate is missing.
+pub(super) fn exchange(money: Money, currency: Currency, rates: &Rates) -> Option<u64> {
+    if money.currency == currency || money.minor == 0 {
+        return Some(money.minor);
+    }
+    rates.of(currency)?.minor(rates.of(money.currency)?.usd(money.minor)?)
 }
 
 /// An invoice tells all that was ever paid for it. What is due stands in for what remains, where that is missing.
@@ -147,20 +187,49 @@ fn read_invoice(invoice: &Value) -> Option<Reading> {
     })
 }
 
-/// Only a first invoice that is paid is final: a trial is billed later, and so are the periods to come.
-fn read_new_subscription(subscription: &Value, more: Option<&[u8]>) -> Reading {
-    let read: Option<Value> = more.and_then(|body| serde_json::from_slice(body).ok());
-    let invoice = read.as_ref().or_else(|| subscription.get("latest_invoice"));
-    let paid = invoice
-        .filter(|invoice| {
-            text(invoice, "object") == Some("invoice") && text(invoice, "status") == Some("paid")
-        })
-        .and_then(|invoice| amount(invoice, "amount_paid"));
+/// Parameters that put off what is billed first.
+const DEFERRING_PARAMS: &[&str] = &[
+    "backdate_start_date",
+    "billing_cycle_anchor",
+    "billing_cycle_anchor_config",
+    "proration_behavior",
+    "trial_end",
+    "trial_from_plan",
+    "trial_period_days",
+];
+/// How far Stripe's clock may be behind ours.
+const CLOCKS_APART_MS: u64 = 120_000;
+
+/// Only a first invoice that is paid is final, when it bills the whole first period: anything else is billed later.
+fn read_new_subscription(subscription: &Value, more: Option<&[u8]>, params: &[(String, String)]) -> Reading {
+    let is_deferred = params.iter().any(|(name, _)| DEFERRING_PARAMS.contains(&form::base(name)));
+    let paid = latest_invoice(subscription, more)
+        .filter(|invoice| text(invoice, "status") == Some("paid"))
+        .and_then(|invoice| amount(&invoice, "amount_paid"));
     match (text(subscription, "status"), paid) {
-        (Some("active"), Some(minor)) => Reading::Moved { minor },
+        (Some("active"), Some(minor)) if minor > 0 && !is_deferred => Reading::Moved { minor },
         (Some("incomplete_expired"), _) => Reading::NotMoved,
         _ => STAYS_HELD,
     }
+}
+
+/// What a change billed at once counts, and what it bills later stays held; an invoice from before is none of it.
+fn read_changed_subscription(subscription: &Value, more: Option<&[u8]>, asked_at: UnixMs) -> Reading {
+    let is_from_before = |invoice: &Value| {
+        let created = invoice.get("created").and_then(Value::as_u64);
+        created.is_some_and(|created| {
+            created.saturating_mul(1_000).saturating_add(CLOCKS_APART_MS) < asked_at.millis()
+        })
+    };
+    let billed = latest_invoice(subscription, more).filter(|invoice| !is_from_before(invoice));
+    let of = |field| billed.as_ref().and_then(|invoice| amount(invoice, field)).unwrap_or(0);
+    Reading::Pending { minor: of("amount_due").max(of("amount_paid")) }
+}
+
+fn latest_invoice(subscription: &Value, more: Option<&[u8]>) -> Option<Value> {
+    let read: Option<Value> = more.and_then(|body| serde_json::from_slice(body).ok());
+    read.or_else(|| subscription.get("latest_invoice").cloned())
+        .filter(|invoice| text(invoice, "object") == Some("invoice"))
 }
 
 fn read_payout(payout: &Value) -> Option<Reading> {
@@ -177,12 +246,20 @@ fn read_payout(payout: &Value) -> Option<Reading> {
 fn read_session(session: &Value) -> Reading {
     let total = amount(session, "amount_total").unwrap_or(0);
     match (text(session, "status"), text(session, "payment_status"), text(session, "mode")) {
-        (Some("expired"), _, _) => Reading::NotMoved,
+        (Some("expired"), _, _) if !is_recoverable(session) => Reading::NotMoved,
         (_, Some("paid"), Some("payment")) => Reading::Moved { minor: total },
         (_, _, Some("setup")) => Reading::Moved { minor: 0 },
         // The customer pays later, in a browser.
         _ => Reading::Pending { minor: total },
     }
+}
+
+/// Whether an expired session can be opened anew under an address of its own.
+pub(super) fn is_recoverable(session: &Value) -> bool {
+    session
+        .get("after_expiration")
+        .and_then(|after| after.get("recovery"))
+        .is_some_and(|recovery| !recovery.is_null())
 }
 
 fn positive(object: &Value, field: &str) -> u64 {
@@ -251,10 +328,21 @@ fn is_about_own_key(body: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::LazyLock;
 
-    fn held_for(answers: Answers) -> Expected {
-        Expected { answers, held: Money { minor: 100, currency: Currency::USD }, is_ceiling: false }
+    use super::*;
+    use crate::money::Rate;
+
+    fn held_for(answers: Answers) -> Expected<'static> {
+        static NONE: LazyLock<Rates> = LazyLock::new(Rates::default);
+        Expected {
+            answers,
+            held: Money { minor: 100, currency: Currency::USD },
+            is_ceiling: false,
+            rates: &NONE,
+            params: &[],
+            asked_at: UnixMs::from_millis(1_000_000_000),
+        }
     }
 
     /// Read as what the body says it is.
@@ -434,7 +522,24 @@ mod tests {
             let other = body.replace(r#""object":""#, r#""object":"not_"#);
             assert_eq!(told(&other, false), UNCLEAR, "{other}");
             let euros = body.replace("\"usd\"", "\"eur\"");
-            assert_eq!((told(&euros, false), told(&euros, true)), (UNCLEAR, STAYS_HELD), "{euros}");
+            // Only a ceiling may meet another currency; what no rate counts is more than was held.
+            let moves = matches!(expected, Reading::Moved { minor: 1.. } | Reading::Pending { minor: 1.. });
+            let beyond = if moves { Reading::Pending { minor: 101 } } else { expected.clone() };
+            assert_eq!((told(&euros, false), told(&euros, true)), (UNCLEAR, beyond), "{euros}");
+            let rates = Rates::new(vec![(Currency::parse("eur").unwrap(), Rate::from_pico(20_000_000_000))]);
+            let of_kind = Expected { is_ceiling: true, rates: &rates, ..held_for(answers) };
+            let counted = read(Answer { status: 200, body: euros.as_bytes() }, Some(of_kind), None).0;
+            let twice = if let Reading::Moved { minor } = expected {
+                Reading::Moved { minor: minor * 2 }
+            } else if let Reading::Pending { minor } = expected {
+                Reading::Pending { minor: minor * 2 }
+            } else {
+                expected.clone()
+            };
+            // A refund of a charge tells what it was asked for.
+            if answers != Answers::ChargeRefund {
+                assert_eq!(counted, twice, "{euros}");
+            }
         }
     }
 
@@ -443,13 +548,34 @@ mod tests {
         let body = br#"{"object":"subscription","id":"sub_1","currency":"usd","status":"active","latest_invoice":"in_1"}"#;
         let answer = Answer { status: 200, body };
         assert_eq!(follow(answer, Answers::NewSubscription).unwrap().path, "/v1/invoices/in_1");
-        assert_eq!(follow(answer, Answers::Subscription), None);
+        assert_eq!(follow(answer, Answers::Subscription), follow(answer, Answers::NewSubscription));
+        assert_eq!(follow(answer, Answers::SubscriptionItem), None);
         assert_eq!(follow(Answer { status: 402, body }, Answers::NewSubscription), None);
         let strange = br#"{"latest_invoice":"in_1/../../charges"}"#;
         assert_eq!(follow(Answer { status: 200, body: strange }, Answers::NewSubscription), None);
         let invoice: &[u8] = br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":80}"#;
         let (told, objects) = read(answer, Some(held_for(Answers::NewSubscription)), Some(invoice));
         assert_eq!((told, objects), (Reading::Moved { minor: 80 }, vec!["sub_1".to_owned()]));
+        // What comes later is not in it.
+        let free = br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":0}"#;
+        assert_eq!(read(answer, Some(held_for(Answers::NewSubscription)), Some(free)).0, STAYS_HELD);
+        let params = [("billing_cycle_anchor".to_owned(), "1795540000".to_owned())];
+        let deferred = Expected { params: &params, ..held_for(Answers::NewSubscription) };
+        assert_eq!(read(answer, Some(deferred), Some(invoice)).0, STAYS_HELD);
+    }
+
+    #[test]
+    fn a_change_of_a_subscription_counts_what_it_billed_at_once() {
+        let body = br#"{"object":"subscription","id":"sub_1","currency":"usd","status":"active","latest_invoice":"in_1"}"#;
+        let told = |invoice: &str| {
+            let answer = Answer { status: 200, body };
+            read(answer, Some(held_for(Answers::Subscription)), Some(invoice.as_bytes())).0
+        };
+        let billed = r#"{"object":"invoice","created":999900,"amount_due":500,"amount_paid":0}"#;
+        assert_eq!(told(billed), Reading::Pending { minor: 500 });
+        assert_eq!(told(&billed.replace("999900", "999800")), STAYS_HELD, "from before");
+        assert_eq!(told(&billed.replace(r#""created":999900,"#, "")), Reading::Pending { minor: 500 });
+        assert_eq!(told("garbage"), STAYS_HELD);
     }
 
     #[test]

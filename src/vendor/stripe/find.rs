@@ -8,11 +8,11 @@ use serde_json::Value;
 use crate::call::{Outcome, Reading, Record};
 use crate::hold::ExactRequest;
 use crate::intent::Verb;
-use crate::money::Money;
+use crate::money::{Currency, Money, Rates};
 use crate::time::UnixMs;
 use crate::vendor::stripe::answer::{self, Answer, Expected};
 use crate::vendor::stripe::catalogue::{self, Operation};
-use crate::vendor::stripe::object::{Source, amount, is_id, text};
+use crate::vendor::stripe::object::{Source, amount, is_id, reference, text};
 use crate::vendor::stripe::pricing::{Answers, Price, Terms};
 
 /// How far Stripe's clock may be from ours, in seconds.
@@ -50,6 +50,13 @@ pub struct Lost<'a> {
     pub first_send: UnixMs,
     /// When bytes last may have left.
     pub last_send: UnixMs,
+}
+
+impl<'a> Lost<'a> {
+    fn expected(&self, answers: Answers, held: Money, is_ceiling: bool, rates: &'a Rates) -> Expected<'a> {
+        let (params, asked_at) = (self.request.params.as_slice(), self.first_send);
+        Expected { answers, held, is_ceiling, rates, params, asked_at }
+    }
 }
 
 /// What a read proves.
@@ -134,10 +141,16 @@ pub fn in_page(page: &[u8], stamp: &str) -> Option<(Option<Value>, Option<String
 }
 
 /// What an object that carries the call's stamp proves.
-pub fn proof_of_stamped(lost: &Lost<'_>, held: Money, is_ceiling: bool, object: &[u8]) -> Proof {
+pub fn proof_of_stamped(
+    lost: &Lost<'_>,
+    held: Money,
+    is_ceiling: bool,
+    rates: &Rates,
+    object: &[u8],
+) -> Proof {
     let Some((operation, _)) = operation_of(lost.request) else { return Proof::None };
     let Some(Price { answers, .. }) = operation.price else { return Proof::None };
-    let expected = Expected { answers, held, is_ceiling };
+    let expected = lost.expected(answers, held, is_ceiling, rates);
     let (reading, objects) = answer::read(Answer { status: 200, body: object }, Some(expected), None);
     outcome_of(&reading).map_or(Proof::None, |outcome| Proof::Of(outcome, objects))
 }
@@ -176,7 +189,8 @@ pub fn proof_of_object(lost: &Lost<'_>, held: Money, object: &[u8]) -> Proof {
     if !shows {
         return Proof::None;
     }
-    let expected = Expected { answers, held, is_ceiling: false };
+    let none = Rates::default();
+    let expected = lost.expected(answers, held, false, &none);
     let (reading, objects) = answer::read(Answer { status: 200, body: object }, Some(expected), None);
     outcome_of(&reading).map_or(Proof::None, |outcome| Proof::Of(outcome, objects))
 }
@@ -205,6 +219,7 @@ pub fn read_of(object_id: &str) -> Option<(Answers, String)> {
         "pi" => (Answers::Intent, "payment_intents"),
         "re" | "pyr" => (Answers::Refund, "refunds"),
         "in" => (Answers::Invoice, "invoices"),
+        "ii" => (Answers::InvoiceItem, "invoiceitems"),
         "po" => (Answers::Payout, "payouts"),
         "cs" => (Answers::CheckoutSession, "checkout/sessions"),
         _ => return None,
@@ -213,10 +228,43 @@ pub fn read_of(object_id: &str) -> Option<(Answers, String)> {
 }
 
 /// What an open object's record says in the end; `None` while it is not final, or not what was asked for.
-pub fn final_record(object_id: &str, answers: Answers, body: &[u8]) -> Option<Record> {
+/// It is told in the currency that is held.
+pub fn final_record(
+    object_id: &str,
+    answers: Answers,
+    held: Currency,
+    rates: &Rates,
+    body: &[u8],
+) -> Option<Record> {
     let body: Value = serde_json::from_slice(body).ok()?;
     let is_it = text(&body, "id") == Some(object_id) && text(&body, "object") == Some(answers.object());
-    if is_it { record(answers, &body) } else { None }
+    match record(answers, &body).filter(|_| is_it)? {
+        Record::Ended => Some(Record::Ended),
+        Record::Moved { minor } => {
+            let currency = text(&body, "currency").and_then(Currency::parse)?;
+            let minor = answer::exchange(Money { minor, currency }, held, rates)?;
+            Some(Record::Moved { minor })
+        }
+    }
+}
+
+/// The invoice that bills an item, by the item's record.
+pub fn invoice_of(item_id: &str, item: &[u8]) -> Option<String> {
+    let item: Value = serde_json::from_slice(item).ok()?;
+    let is_it = text(&item, "id") == Some(item_id) && text(&item, "object") == Some("invoiceitem");
+    reference(&item, "invoice").filter(|invoice| is_it && is_id(invoice))
+}
+
+/// What an item came to once its invoice was paid: nothing more where the invoice itself is counted.
+pub fn billed_item(item: &[u8], invoice: &[u8], held: Currency, invoice_is_counted: bool) -> Option<Record> {
+    let (item, invoice): (Value, Value) =
+        (serde_json::from_slice(item).ok()?, serde_json::from_slice(invoice).ok()?);
+    let is_paid = text(&invoice, "object") == Some("invoice") && text(&invoice, "status") == Some("paid");
+    if !is_paid || text(&item, "currency").and_then(Currency::parse) != Some(held) {
+        return None;
+    }
+    let minor = if invoice_is_counted { 0 } else { amount(&item, "amount").unwrap_or(0) };
+    Some(Record::Moved { minor })
 }
 
 fn record(answers: Answers, body: &Value) -> Option<Record> {
@@ -232,8 +280,8 @@ fn record(answers: Answers, body: &Value) -> Option<Record> {
         }
         (Answers::Refund, "succeeded") | (Answers::Payout, "paid") => moved(of("amount")?),
         (Answers::Charge | Answers::Refund | Answers::Payout, "failed")
-        | (Answers::Refund | Answers::Payout, "canceled")
-        | (Answers::CheckoutSession, "expired") => Some(Record::Ended),
+        | (Answers::Refund | Answers::Payout, "canceled") => Some(Record::Ended),
+        (Answers::CheckoutSession, "expired") if !answer::is_recoverable(body) => Some(Record::Ended),
         (Answers::Invoice, "paid" | "void") => moved(of("amount_paid")?),
         (Answers::CheckoutSession, "complete")
             if text(body, "payment_status") == Some("paid") && text(body, "mode") == Some("payment") =>

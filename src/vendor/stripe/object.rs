@@ -235,6 +235,10 @@ pub fn billed_items(answers: Answers, body: &[u8]) -> Vec<String> {
         return Vec::new();
     }
     let Ok(body) = serde_json::from_slice::<Value>(body) else { return Vec::new() };
+    // An item can leave a draft, and is billed by the next invoice then.
+    if is_draft(&body) {
+        return Vec::new();
+    }
     let lines = body.get("lines").and_then(|lines| lines.get("data")).and_then(Value::as_array);
     lines.into_iter().flatten().filter_map(item_of).collect()
 }

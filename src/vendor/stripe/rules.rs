@@ -200,21 +200,22 @@ pub fn refuse_parameters(operation: &Operation, params: &Params, key: &Key) -> R
     Ok(())
 }
 
-/// Refuses to take all metadata off an object that exists: its stamp would go with it, and by that it is found again.
+/// Refuses `metadata` without a name: on an object that exists it takes all metadata off, and its stamp with it; on a new
+/// one nothing could be stamped beside it. By the stamp an object is found again.
 ///
 /// # Errors
 /// `parameter_not_allowed`.
 pub fn refuse_bare_metadata(reading: &Reading<'_>) -> Result<(), Refusal> {
-    let makes_one =
-        reading.ids.is_empty() || reading.operation.price.as_ref().is_some_and(|price| price.stamp);
-    if makes_one || reading.params.get("metadata").is_none() {
+    let is_stamped = reading.operation.price.as_ref().is_some_and(|price| price.stamp);
+    let has_stamp = is_stamped || !reading.ids.is_empty();
+    if !has_stamp || reading.params.get("metadata").is_none() {
         return Ok(());
     }
     Err(Refusal::of_param(
         Code::ParameterNotAllowed,
         "metadata",
-        "'metadata' without a name would take all metadata off the object, and with it the mark by which it is found \
-         again. Name what is to go: 'metadata[name]='.",
+        "'metadata' without a name leaves no place for the mark by which the object is found again. Name what you set, \
+         'metadata[name]=value', or what is to go, 'metadata[name]='.",
     ))
 }
 
