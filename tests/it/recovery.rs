@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use tokio::time::{Duration, Instant, sleep};
 
+use crate::families::script;
 use crate::standin::Standin;
 use crate::standin::faults::{Fault, On};
 use crate::standin::intents::Settlement;
@@ -269,6 +270,37 @@ async fn a_refund_whose_answer_was_lost_is_found_among_those_of_its_charge() {
     }
     let again = sidecar.post(&key, "/v1/refunds", "refund-1", &form).await;
     assert_eq!((again.status, again.body["amount"].as_u64()), (200, Some(400)), "{}", again.text);
+}
+
+/// An item is over when the invoice that bills it was paid, whoever made that invoice.
+#[tokio::test]
+async fn an_item_ends_when_the_invoice_that_bills_it_is_paid() {
+    let (standin, mut sidecar) = world().await;
+    let endpoints = json!({"allowed_endpoints": ["POST /v1/invoiceitems"]});
+    let (key, id) = sidecar.mint("50.00", endpoints).await;
+    let form = [("amount", "1200"), ("currency", "usd"), ("customer", "cus_9")];
+    let item = |name: &str, invoice: Value| json!({"id": name, "object": "invoiceitem", "currency": "usd", "amount": 1200, "invoice": invoice});
+    for name in ["ii_1", "ii_2", "ii_3"] {
+        script(&standin, "POST /v1/invoiceitems", 200, item(name, Value::Null));
+        assert_eq!(sidecar.post(&key, "/v1/invoiceitems", name, &form).await.status, 200);
+    }
+    assert_eq!(sidecar.spend(&id).await, money("0.00", "36.00", "0.00"));
+    let invoice = |name: &str, status: &str| json!({"id": name, "object": "invoice", "status": status});
+    script(&standin, "GET /v1/invoiceitems/ii_1", 200, item("ii_1", json!("in_1")));
+    script(&standin, "GET /v1/invoices/in_1", 200, invoice("in_1", "paid"));
+    script(&standin, "GET /v1/invoiceitems/ii_2", 200, item("ii_2", json!("in_2")));
+    script(&standin, "GET /v1/invoices/in_2", 200, invoice("in_2", "open"));
+    script(&standin, "GET /v1/invoiceitems/ii_3", 200, item("ii_3", Value::Null));
+    sidecar.kill();
+    sidecar.restart().await;
+    becomes(&sidecar, &id, money("12.00", "24.00", "0.00")).await;
+    let read = |path: &str| standin.requests().iter().any(|seen| seen.path == path);
+    let since = Instant::now();
+    while !(read("/v1/invoices/in_2") && read("/v1/invoiceitems/ii_3")) {
+        assert!(since.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(sidecar.spend(&id).await, money("12.00", "24.00", "0.00"), "nobody paid for these yet");
 }
 
 /// The other end of a state table: what is open is asked for, and ends by its record alone.
