@@ -11,16 +11,19 @@ use keybrake::hold::{ExactRequest, Facts, Hold, HoldState, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
 use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Status};
-use keybrake::ledger::{Admitted, Held, Ledger};
+use keybrake::ledger::rules::resolve::{EndDoubt, Known};
+use keybrake::ledger::{Admitted, Ending, Held, Ledger};
 use keybrake::money::{Currency, MicroUsd, Money, Rate};
 use keybrake::refusal::Code;
 use keybrake::time::{DAY_MS, Day, HOUR_MS, UnixMs};
+
+use serde_json::Map;
 
 use crate::ledger::backend::File;
 use crate::ledger::world::{Ask, Deed, START, World, admin, usd};
 
 /// Histories that are run when nobody says otherwise, and steps of each.
-const HISTORIES: u64 = 80;
+const HISTORIES: u64 = 120;
 const STEPS: usize = 70;
 /// How long every key here remembers.
 const REMEMBER_DAYS: u32 = 3;
@@ -314,6 +317,10 @@ struct History {
     keys: Vec<KeyId>,
     flights: Vec<Flight>,
     done: HashMap<String, Done>,
+    /// What was executed under an upstream key.
+    ran: HashMap<String, Executed>,
+    /// What each call was made for.
+    names: HashMap<CallId, String>,
     bodies: HashMap<CallId, Vec<u8>>,
     /// Objects that the ledger was told of.
     known: HashSet<String>,
@@ -339,6 +346,8 @@ impl History {
             keys: Vec::new(),
             flights: Vec::new(),
             done: HashMap::new(),
+            ran: HashMap::new(),
+            names: HashMap::new(),
             bodies: HashMap::new(),
             known: HashSet::new(),
             holds: HashSet::new(),
@@ -381,7 +390,8 @@ impl History {
             0..45 => self.ask().await,
             45..75 => self.deliver().await,
             75..80 => self.cancel().await,
-            80..84 => self.recover().await,
+            80..82 => self.recover().await,
+            82..84 => self.end_a_doubt().await,
             84..88 => self.restart(),
             88..96 => self.pass(),
             96 => self.world.ledger().tick().await.unwrap(),
@@ -464,6 +474,7 @@ impl History {
         self.upstream_keys.insert(held.request().idempotency_key.clone().unwrap());
         let what = if by_content { format!("{:?} {:?}", ask.deed, ask.object) } else { String::new() };
         let name = format!("{} {what}", ask.name);
+        self.names.insert(held.call_id(), name.clone());
         self.flights.push(Flight { held, name, payer: reserved.key_id, since: self.real });
     }
 
@@ -519,6 +530,8 @@ impl History {
                 self.told()
             );
         }
+        let key = flight.held.request().idempotency_key.clone().unwrap();
+        self.ran.insert(key, executed.clone());
         *self.executed.entry((flight.payer, executed.lane)).or_default() += executed.minor;
         if executed.over {
             self.flagged.insert(flight.payer);
@@ -559,6 +572,47 @@ impl History {
             if !self.known.contains(&id) || under_way.contains(&name.as_str()) {
                 continue;
             }
+            done.told_at = Some(done.told_at.unwrap_or(now));
+        }
+    }
+
+    /// Recovery finds what a call in doubt has done, or an operator says what became of it.
+    async fn end_a_doubt(&mut self) {
+        let unsettled = self.world.reads().unsettled_holds(1_000).unwrap();
+        let doubts: Vec<Hold> = unsettled.into_iter().filter(|hold| hold.state == HoldState::Doubt).collect();
+        let Some(hold) = self.dice.pick(&doubts).cloned() else { return };
+        let key = hold.live.as_ref().unwrap().request.idempotency_key.clone().unwrap();
+        let object = self.ran.get(&key).map(|executed| executed.object.clone());
+        let by_operator = self.dice.percent(50);
+        let found = object.as_ref().map(|id| self.stripe.objects[id].clone());
+        let outcome = match found {
+            Some(Object { minor, state: State::Moved }) if by_operator => Known::Executed { minor },
+            None if by_operator => Known::NotExecuted,
+            Some(Object { minor, state: State::Moved }) => Known::Record(Outcome::Spent { minor }),
+            Some(Object { minor, state: State::Unconfirmed | State::Authorized }) if !by_operator => {
+                Known::Record(Outcome::Pending { minor })
+            }
+            // What is not found proves nothing.
+            Some(_) | None => return,
+        };
+        self.trail.push(format!("{:?} {object:?} {outcome:?}", hold.call_id));
+        let objects: Vec<&str> = object.iter().map(String::as_str).collect();
+        let answer = match outcome {
+            Known::Record(outcome) => self.world.resolve(outcome, &objects, Some(200)).answer,
+            Known::Executed { .. } | Known::NotExecuted => None,
+        };
+        let body = answer.as_ref().map(|answer| answer.body.clone());
+        let actor = by_operator.then(|| "admin".to_owned());
+        let objects = object.iter().cloned().collect();
+        let end = EndDoubt { outcome, objects, answer, actor, evidence: Map::new() };
+        if self.world.ledger().end_doubt(hold.id, end).await.unwrap() != Ending::Ended {
+            return;
+        }
+        let now = self.world.ledger().now();
+        self.bodies.extend(body.map(|body| (hold.call_id, body)));
+        self.known.extend(object.clone());
+        let name = &self.names[&hold.call_id];
+        if let Some(done) = self.done.get_mut(name).filter(|done| Some(&done.object) == object.as_ref()) {
             done.told_at = Some(done.told_at.unwrap_or(now));
         }
     }
