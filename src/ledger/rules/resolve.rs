@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | spent | spent | spent |
 //! | pending | open | open |
-//! | declined | void; open when the vendor tries again by itself | void after a confirm, else open as it was |
+//! | declined | void; open where the object can still be paid | void after a confirm, else open as it was |
 //! | refused, turned away, not sent | void | open as it was |
 //! | unknown | doubt | doubt |
 //!
