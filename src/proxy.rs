@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::account::AccountState;
 use crate::audit::{Decision, Entry, Event, RecordedOutcome};
-use crate::call::Estate;
+use crate::call::{Estate, Record};
 use crate::forward::{Forwarder, FreeRequest};
 use crate::fx::Book;
 use crate::hold::{ExactRequest, Facts};
@@ -31,6 +31,7 @@ use crate::id::RequestId;
 use crate::key::{Constraint, Key};
 use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch, too_soon};
 use crate::ledger::{Ledger, LedgerError, entry};
+use crate::money::Currency;
 use crate::proxy::flights::Flights;
 use crate::proxy::rate::Buckets;
 use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
@@ -311,6 +312,24 @@ impl Proxy {
         Arc::clone(&self.room).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX)).ok()
     }
 
+    /// Ends the hold of an object. What moved in another currency than is held is left to recovery, which counts it.
+    async fn note_end(
+        &self,
+        account: String,
+        object: String,
+        facts: &Facts,
+        record: Record,
+        currency: Option<Currency>,
+    ) -> Result<(), LedgerError> {
+        if let Record::Moved { .. } = record {
+            let held = self.ledger.redb().hold_of_object(&account, &object)?.and_then(|hold| hold.currency);
+            if held.is_some() && held != currency {
+                return Ok(());
+            }
+        }
+        self.ledger.observe(account, object, facts.clone(), record).await
+    }
+
     /// Constraints that a call without an amount leaves to its object: the ledger knows it, or it is read.
     async fn object_keeps(
         &self,
@@ -387,13 +406,10 @@ impl Proxy {
         }
         self.account.set_key_refused(false);
         if let Effect::Ends(answers) = effect
-            && let Some((object, record)) = answer::ended(told, answers)
+            && let Some((object, record, currency)) = answer::ended(told, answers)
         {
-            let observed = {
-                let account = reading.account.clone().unwrap_or_default();
-                self.ledger.observe(account, object, facts.clone(), record).await
-            };
-            if let Err(error) = observed {
+            let account = reading.account.clone().unwrap_or_default();
+            if let Err(error) = self.note_end(account, object, facts, record, currency).await {
                 tracing::error!(%error, "an object that has ended could not be released; it stays held");
             }
         }

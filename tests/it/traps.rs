@@ -637,3 +637,23 @@ async fn discountable_on_a_billed_item() {
     assert_eq!(sidecar.spend(&id).await.1, "110.00", "Stripe collects 100 USD");
     assert_eq!(sidecar.spend(&small_id).await.1, "10.00");
 }
+
+/// What was paid in another currency than is held, told by the answer that ends it.
+#[tokio::test]
+async fn a_part_paid_invoice_in_euros_is_voided() {
+    let (standin, sidecar) = world().await;
+    let endpoints = ["POST /v1/invoices", "POST /v1/invoices/{id}/void"];
+    let (key, id) = mint(&sidecar, "100.00", &endpoints, json!({"max_usd_per_request": "20.00"})).await;
+    let draft = invoice(json!({"status": "draft", "auto_advance": true}));
+    script(&standin, "POST /v1/invoices", 200, draft);
+    assert_eq!(sidecar.post(&key, "/v1/invoices", "n", &[("customer", "cus_9")]).await.status, 200);
+    let mut void = invoice(json!({"status": "void", "currency": "eur", "amount_paid": 500}));
+    script(&standin, "POST /v1/invoices/in_1/void", 200, void.clone());
+    assert_eq!(sidecar.post(&key, "/v1/invoices/in_1/void", "v", &[]).await.status, 200);
+    let held = ("0.00".to_owned(), "20.00".to_owned(), "0.00".to_owned());
+    assert_eq!(sidecar.spend(&id).await, held, "5 EUR are not 5 USD");
+    void["currency"] = json!("usd");
+    script(&standin, "POST /v1/invoices/in_1/void", 200, void);
+    assert_eq!(sidecar.post(&key, "/v1/invoices/in_1/void", "w", &[]).await.status, 200);
+    assert_eq!(sidecar.spend(&id).await.0, "5.00");
+}

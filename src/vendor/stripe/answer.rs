@@ -76,8 +76,9 @@ pub fn refuses_own_key(answer: Answer<'_>) -> bool {
     }
 }
 
-/// What the answer to a call that ends something says of it: the object, and its record when it is final.
-pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record)> {
+/// What the answer to a call that ends something says of it when it is final: the object, its record, and the currency of
+/// what moved.
+pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record, Option<Currency>)> {
     let body: Value = serde_json::from_slice(answer.body).ok().filter(|_| answer.status == 200)?;
     let id = text(&body, "id")?.to_owned();
     if text(&body, "object") != Some(answers.object()) {
@@ -93,7 +94,8 @@ pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record)> {
         (Answers::Invoice | Answers::InvoiceItem, _) if deleted => 0,
         _ => return None,
     };
-    Some((id, if moved == 0 { Record::Ended } else { Record::Moved { minor: moved } }))
+    let record = if moved == 0 { Record::Ended } else { Record::Moved { minor: moved } };
+    Some((id, record, text(&body, "currency").and_then(Currency::parse)))
 }
 
 const UNCLEAR: Reading = Reading::Unclear { is_5xx: false };
@@ -588,12 +590,12 @@ mod tests {
     #[test]
     fn what_ends_an_object_tells_its_record() {
         let of = |answers, status, body: &str| ended(Answer { status, body: body.as_bytes() }, answers);
-        let over = |id: &str| Some((id.to_owned(), Record::Ended));
+        let over = |id: &str| Some((id.to_owned(), Record::Ended, None));
         let intent = r#"{"object":"payment_intent","id":"pi_1","status":"canceled","amount_received":0}"#;
         assert_eq!(of(Answers::Intent, 200, intent), over("pi_1"));
         assert_eq!(
-            of(Answers::Intent, 200, &intent.replace(":0", ":40")),
-            Some(("pi_1".into(), Record::Moved { minor: 40 }))
+            of(Answers::Intent, 200, &intent.replace(":0", r#":40,"currency":"eur""#)),
+            Some(("pi_1".into(), Record::Moved { minor: 40 }, Currency::parse("eur")))
         );
         assert_eq!(of(Answers::Intent, 200, &intent.replace("canceled", "succeeded")), None);
         assert_eq!(of(Answers::Intent, 400, intent), None);
