@@ -341,7 +341,10 @@ impl Recovery {
                 let Some(paid) = self.read(&request, path, Vec::new()).await else {
                     return Ok(Look::TurnedAway);
                 };
-                let is_counted = self.ledger.redb().hold_of_object(&hold.account, &invoice)?.is_some();
+                // One that was void, or came to nothing as a draft, counts none of what was paid since.
+                let of_invoice = self.ledger.redb().hold_of_object(&hold.account, &invoice)?;
+                let is_counted =
+                    of_invoice.is_some_and(|hold| hold.state != HoldState::Void && hold.minor > 0);
                 find::billed_item(&answer.body, &paid.body, currency, is_counted)
             }
         };
