@@ -21,8 +21,13 @@ impl Dice {
     }
 
     /// A number below `end`, which is not zero.
+    pub(crate) fn number(&mut self, end: u64) -> u64 {
+        self.roll() % end
+    }
+
+    /// The same for a place in a list.
     pub(crate) fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.roll() % u64::try_from(end).unwrap()).unwrap()
+        usize::try_from(self.number(u64::try_from(end).unwrap())).unwrap()
     }
 
     /// True in so many of a hundred cases.
@@ -32,6 +37,11 @@ impl Dice {
 
     pub(crate) fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
         &all[self.below(all.len())]
+    }
+
+    /// The same for a list that may be empty.
+    pub(crate) fn any<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
+        (!all.is_empty()).then(|| self.pick(all))
     }
 
     pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {

@@ -6,43 +6,37 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
+mod stripe;
+
 use keybrake::call::{Outcome, Reading, Record, conclude};
-use keybrake::hold::{ExactRequest, Facts, Hold, HoldState, Lane, Subject};
+use keybrake::hold::{Facts, Hold, HoldState, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
-use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Status};
 use keybrake::ledger::rules::resolve::{EndDoubt, Known};
 use keybrake::ledger::{Admitted, Ending, Held, Ledger};
-use keybrake::money::{Currency, MicroUsd, Money, Rate};
+use keybrake::money::{MicroUsd, Rate};
 use keybrake::refusal::Code;
 use keybrake::time::{DAY_MS, Day, HOUR_MS, UnixMs};
 
 use serde_json::Map;
 
+use crate::dice::{Dice, Told, seeds};
 use crate::ledger::backend::File;
 use crate::ledger::world::{Ask, Deed, START, World, admin, usd};
+
+use stripe::{Answer, Executed, Object, State, Stripe, plain};
 
 /// Histories that are run when nobody says otherwise, and steps of each.
 const HISTORIES: u64 = 120;
 const STEPS: usize = 70;
 /// How long every key here remembers.
 const REMEMBER_DAYS: u32 = 3;
-/// How long this Stripe remembers a key: no longer than it promises.
-const STRIPE_REMEMBERS_MS: u64 = DAY_MS;
 /// A request that was let through leaves within its deadline, or not at all.
 const SENT_WITHIN_MS: u64 = HOUR_MS / 4;
 
 #[test]
 fn random_histories_keep_the_invariants() {
-    let given = |name: &str| std::env::vars_os().find(|(found, _)| found == name);
-    let number = |name| given(name).and_then(|(_, value)| value.to_str()?.parse::<u64>().ok());
-    if let Some(seed) = number("KEYBRAKE_TEST_SEED") {
-        return run_all(&[seed]);
-    }
-    let histories = number("KEYBRAKE_TEST_HISTORIES").unwrap_or(HISTORIES);
-    // Few histories are always the same; many are always others.
-    let first = if histories == HISTORIES { 1 } else { u64::from(std::process::id()) << 32 };
-    let seeds: Vec<u64> = (first..first + histories).collect();
+    let seeds = seeds("KEYBRAKE_TEST_HISTORIES", HISTORIES);
     let (some, others) = seeds.split_at(seeds.len() / 2);
     std::thread::scope(|scope| [some, others].map(|seeds| scope.spawn(|| run_all(seeds))).map(drop));
 }
@@ -55,7 +49,7 @@ fn run_all(seeds: &[u64]) {
 }
 
 async fn run(seed: u64) {
-    let _told = Told(seed);
+    let _told = Told::of_seed(seed);
     let mut history = History::new(seed).await;
     for n in 0..STEPS {
         history.step().await;
@@ -66,229 +60,6 @@ async fn run(seed: u64) {
     }
     history.check_records();
 }
-
-/// Says which history it was when one fails.
-struct Told(u64);
-
-impl Drop for Told {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let text = format!("\nrepeat with KEYBRAKE_TEST_SEED={}\n", self.0);
-            let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
-        }
-    }
-}
-
-/// `splitmix64`.
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// True in so many of a hundred cases.
-    fn percent(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn pick<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
-        let end = all.len() as u64;
-        (end > 0).then(|| &all[usize::try_from(self.below(end)).unwrap()])
-    }
-}
-
-// --- Stripe
-
-/// What Stripe has of an object.
-#[derive(Clone, Debug)]
-struct Object {
-    minor: u64,
-    state: State,
-}
-
-impl Object {
-    /// What a read of it tells.
-    fn record(&self) -> Seen {
-        Seen {
-            ceiling: Some(Money { minor: self.minor, currency: Currency::USD }),
-            currency: Some(Currency::USD),
-            moved: if self.state == State::Moved { self.minor } else { 0 },
-            customer: None,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Unconfirmed,
-    Authorized,
-    Moved,
-    Canceled,
-}
-
-/// What Stripe said under a key.
-#[derive(Clone, Debug)]
-struct Said {
-    at: u64,
-    request: (String, Vec<(String, String)>),
-    answer: Answer,
-}
-
-#[derive(Clone, Debug)]
-struct Answer {
-    reading: Reading,
-    objects: Vec<String>,
-    replayed: bool,
-}
-
-/// Money that moved, or an object that now stands for money.
-#[derive(Clone, Debug)]
-struct Executed {
-    object: String,
-    lane: Lane,
-    /// What moved.
-    minor: u64,
-    /// More than was asked for.
-    over: bool,
-}
-
-/// A Stripe that executes each key once in 24 hours, and no longer remembers it afterwards.
-#[derive(Default)]
-struct Stripe {
-    keys: HashMap<String, Said>,
-    objects: BTreeMap<String, Object>,
-}
-
-impl Stripe {
-    fn send(&mut self, dice: &mut Dice, request: &ExactRequest, at: u64) -> (Answer, Option<Executed>) {
-        // Turned away at the door, which says nothing about what was let in before.
-        match dice.below(100) {
-            0..4 => return (plain(Reading::Throttled), None),
-            4..8 => return (plain(Reading::Invalid), None),
-            _ => {}
-        }
-        let key = request.idempotency_key.clone().unwrap();
-        let compared = (request.path.clone(), request.params.clone());
-        let said = self.keys.get(&key).filter(|said| at < said.at + STRIPE_REMEMBERS_MS);
-        match said {
-            Some(said) if said.request == compared => {
-                return (Answer { replayed: true, ..said.answer.clone() }, None);
-            }
-            Some(_) => return (plain(Reading::KeyMismatch), None),
-            None => {}
-        }
-        let (answer, executed) = self.execute(dice, request);
-        self.keys.insert(key, Said { at, request: compared, answer: answer.clone() });
-        (answer, executed)
-    }
-
-    fn execute(&mut self, dice: &mut Dice, request: &ExactRequest) -> (Answer, Option<Executed>) {
-        if dice.percent(6) {
-            return (plain(Reading::Unclear { is_5xx: true }), None);
-        }
-        let param = |name: &str| {
-            let found = request.params.iter().find(|(found, _)| found == name);
-            found.map(|(_, value)| value.clone())
-        };
-        let amount = param("amount").map(|text| text.parse::<u64>().unwrap());
-        let words: Vec<&str> = request.path.split('/').skip(2).collect();
-        let (answer, executed) = match words.as_slice() {
-            ["charges" | "payment_intents"] if dice.percent(15) => (plain(Reading::Declined), None),
-            ["charges"] => self.create(dice, "ch", amount.unwrap(), State::Moved),
-            ["payment_intents"] => self.create(dice, "pi", amount.unwrap(), State::Unconfirmed),
-            ["payment_intents", object, verb] => self.act(dice, object, verb, amount),
-            ["refunds"] => self.refund(&param("charge").unwrap(), amount.unwrap()),
-            other => panic!("{other:?}"),
-        };
-        if executed.is_some() && dice.percent(4) {
-            return (plain(Reading::Unclear { is_5xx: true }), executed);
-        }
-        (answer, executed)
-    }
-
-    fn create(
-        &mut self,
-        dice: &mut Dice,
-        prefix: &str,
-        minor: u64,
-        state: State,
-    ) -> (Answer, Option<Executed>) {
-        let over = state == State::Moved && dice.below(150) == 0;
-        let minor = if over { minor + 50 } else { minor };
-        let object = format!("{prefix}_{}", self.objects.len());
-        self.objects.insert(object.clone(), Object { minor, state });
-        let reading = said_of(state, minor);
-        let moved = if state == State::Moved { minor } else { 0 };
-        let executed = Executed { object: object.clone(), lane: Lane::In, minor: moved, over };
-        (Answer { reading, objects: vec![object], replayed: false }, Some(executed))
-    }
-
-    fn act(
-        &mut self,
-        dice: &mut Dice,
-        id: &str,
-        verb: &str,
-        amount: Option<u64>,
-    ) -> (Answer, Option<Executed>) {
-        let Some(object) = self.objects.get_mut(id) else { return (plain(Reading::Invalid), None) };
-        let mut moved = 0;
-        match (verb, object.state) {
-            ("confirm", State::Unconfirmed) if dice.percent(25) => {
-                let objects = vec![id.to_owned()];
-                return (Answer { objects, ..plain(Reading::Declined) }, None);
-            }
-            ("confirm", State::Unconfirmed) if dice.percent(50) => object.state = State::Authorized,
-            ("confirm", State::Unconfirmed) => (moved, object.state) = (object.minor, State::Moved),
-            ("capture", State::Authorized) => {
-                moved = amount.unwrap_or(object.minor).min(object.minor);
-                object.state = State::Moved;
-            }
-            ("increment_authorization", State::Authorized) if amount.unwrap() > object.minor => {
-                object.minor = amount.unwrap();
-            }
-            _ => return (plain(Reading::Invalid), None),
-        }
-        if object.state == State::Moved {
-            object.minor = moved;
-        }
-        let reading = said_of(object.state, object.minor);
-        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved, over: false };
-        (Answer { reading, objects: vec![id.to_owned()], replayed: false }, Some(executed))
-    }
-
-    fn refund(&mut self, of: &str, minor: u64) -> (Answer, Option<Executed>) {
-        if self.objects.get(of).is_none_or(|object| object.state != State::Moved) {
-            return (plain(Reading::Invalid), None);
-        }
-        let id = format!("re_{}", self.objects.len());
-        self.objects.insert(id.clone(), Object { minor, state: State::Moved });
-        let executed = Executed { object: id.clone(), lane: Lane::Out, minor, over: false };
-        (Answer { reading: Reading::Moved { minor }, objects: vec![id], replayed: false }, Some(executed))
-    }
-}
-
-fn plain(reading: Reading) -> Answer {
-    Answer { reading, objects: Vec::new(), replayed: false }
-}
-
-fn said_of(state: State, minor: u64) -> Reading {
-    match state {
-        State::Moved => Reading::Moved { minor },
-        State::Unconfirmed | State::Authorized => Reading::Pending { minor },
-        State::Canceled => Reading::NotMoved,
-    }
-}
-
-// --- what must hold
 
 /// A call that is being sent.
 struct Flight {
@@ -340,7 +111,7 @@ impl History {
         let world = World::new(Arc::new(move |opening| Ledger::open_backend(file.open(), opening)));
         let mut history = Self {
             world,
-            dice: Dice(seed),
+            dice: Dice::new(seed),
             stripe: Stripe::default(),
             real: START.millis(),
             keys: Vec::new(),
@@ -407,7 +178,7 @@ impl History {
     }
 
     async fn ask(&mut self) {
-        let n = usize::try_from(self.dice.below(self.keys.len() as u64)).unwrap();
+        let n = self.dice.below(self.keys.len());
         let now = self.world.ledger().now();
         let is_active = |key: keybrake::key::Key| key.status(now) == Status::Active;
         if !self.world.reads().key(self.keys[n]).unwrap().is_some_and(is_active) {
@@ -450,8 +221,8 @@ impl History {
         let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
         let minor = if self.dice.percent(10) { 450 } else { 300 };
         let create = |deed| Ask { deed, ..Ask::charge(&name, minor) };
-        let intent = self.dice.pick(&intents).cloned();
-        match (self.dice.below(10), intent, self.dice.pick(&all).cloned()) {
+        let intent = self.dice.any(&intents).cloned();
+        match (self.dice.below(10), intent, self.dice.any(&all).cloned()) {
             (0..3, _, _) => create(Deed::Charge),
             (3 | 4, _, _) | (_, None, None) => create(Deed::Intent),
             (5 | 6, object @ Some(_), _) => Ask { object, minor: None, ..create(Deed::Confirm) },
@@ -460,7 +231,7 @@ impl History {
                 Ask { object, minor, ..create(Deed::Capture) }
             }
             (8, object @ Some(_), _) => {
-                let minor = Some(300 + 50 * self.dice.below(5));
+                let minor = Some(300 + 50 * self.dice.number(5));
                 Ask { object, minor, ..create(Deed::Increment) }
             }
             (_, _, object) => Ask { object, minor: Some(100), ..create(Deed::Refund) },
@@ -483,7 +254,7 @@ impl History {
         if self.flights.is_empty() {
             return;
         }
-        let n = usize::try_from(self.dice.below(self.flights.len() as u64)).unwrap();
+        let n = self.dice.below(self.flights.len());
         let flight = self.flights.swap_remove(n);
         let answer = match self.dice.below(100) {
             0..5 => plain(Reading::NotSent),
@@ -546,7 +317,7 @@ impl History {
         let open = |object: &Object| matches!(object.state, State::Unconfirmed | State::Authorized);
         let all: Vec<String> =
             self.stripe.objects.iter().filter(|(_, object)| open(object)).map(|(id, _)| id.clone()).collect();
-        let Some(id) = self.dice.pick(&all).cloned() else { return };
+        let Some(id) = self.dice.any(&all).cloned() else { return };
         self.trail.push(format!("cancel {id}"));
         self.stripe.objects.get_mut(&id).unwrap().state = State::Canceled;
         if self.dice.percent(80) {
@@ -557,7 +328,7 @@ impl History {
     /// What a later read of an object says.
     async fn recover(&mut self) {
         let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
-        let Some(id) = self.dice.pick(&all).cloned() else { return };
+        let Some(id) = self.dice.any(&all).cloned() else { return };
         let object = self.stripe.objects[&id].clone();
         let record = match object.state {
             State::Moved => Record::Moved { minor: object.minor },
@@ -580,7 +351,7 @@ impl History {
     async fn end_a_doubt(&mut self) {
         let unsettled = self.world.reads().unsettled_holds(1_000).unwrap();
         let doubts: Vec<Hold> = unsettled.into_iter().filter(|hold| hold.state == HoldState::Doubt).collect();
-        let Some(hold) = self.dice.pick(&doubts).cloned() else { return };
+        let Some(hold) = self.dice.any(&doubts).cloned() else { return };
         let key = hold.live.as_ref().unwrap().request.idempotency_key.clone().unwrap();
         let object = self.ran.get(&key).map(|executed| executed.object.clone());
         let by_operator = self.dice.percent(50);
@@ -634,7 +405,7 @@ impl History {
             3 | 4 => HOUR_MS,
             5 => 12 * HOUR_MS,
             6 => 23 * HOUR_MS,
-            _ => DAY_MS * (1 + self.dice.below(10)),
+            _ => DAY_MS * (1 + self.dice.number(10)),
         };
         self.trail.push(format!("pass {} min", millis / 60_000));
         self.real += millis;
@@ -644,8 +415,8 @@ impl History {
     /// The machine's clock goes wrong, is put right, or the mark is lowered after it.
     async fn turn_the_clock(&mut self) {
         let shown = match self.dice.below(4) {
-            0 => self.real + DAY_MS * self.dice.below(5),
-            1 => self.real.saturating_sub(DAY_MS * self.dice.below(5)),
+            0 => self.real + DAY_MS * self.dice.number(5),
+            1 => self.real.saturating_sub(DAY_MS * self.dice.number(5)),
             _ => self.real,
         };
         self.trail.push(format!("clock {}", UnixMs::from_millis(shown)));
