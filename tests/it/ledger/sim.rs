@@ -1,36 +1,35 @@
-//! Random histories: a few keys and names, a Stripe that loses answers, restarts, a clock that jumps. After every step
-//! the invariants are checked against a much simpler account of what was really executed.
+//! Random histories: two sidecars with a few keys and names in front of one Stripe, which loses answers; restarts, a
+//! clock that jumps, a kill switch, revoked keys, a ledger that is lost. After every step the invariants are checked
+//! against a much simpler account of what was really executed.
 //!
 //! `KEYBRAKE_TEST_HISTORIES` sets how many are run; `KEYBRAKE_TEST_SEED` repeats one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
-
+mod ladder;
+mod node;
 mod stripe;
 
-use keybrake::call::{Outcome, Reading, Record, conclude};
-use keybrake::hold::{Facts, Hold, HoldState, Lane, Subject};
-use keybrake::id::{CallId, HoldId, KeyId};
-use keybrake::key::{Idempotency, Status};
-use keybrake::ledger::rules::resolve::{EndDoubt, Known};
-use keybrake::ledger::{Admitted, Ending, Held, Ledger};
-use keybrake::money::{MicroUsd, Rate};
-use keybrake::refusal::Code;
-use keybrake::time::{DAY_MS, Day, HOUR_MS, UnixMs};
+use std::collections::HashMap;
 
+use keybrake::call::{Outcome, Reading, Record, conclude};
+use keybrake::hold::{Facts, Hold, HoldState, Lane};
+use keybrake::id::KeyId;
+use keybrake::key::Status;
+use keybrake::ledger::rules::resolve::{EndDoubt, Known};
+use keybrake::ledger::{Admitted, Ending};
+use keybrake::refusal::{Code, Refusal};
+use keybrake::time::{DAY_MS, HOUR_MS, UnixMs};
 use serde_json::Map;
 
 use crate::dice::{Dice, Told, seeds};
-use crate::ledger::backend::File;
-use crate::ledger::world::{Ask, Deed, START, World, admin, usd};
+use crate::ledger::world::{Ask, Deed, START, admin};
 
-use stripe::{Answer, Executed, Object, State, Stripe, plain};
+use ladder::{Ladders, Ran};
+use node::{BY_CONTENT, Done, Flight, Node};
+use stripe::{Answer, Object, State, Stripe, plain};
 
 /// Histories that are run when nobody says otherwise, and steps of each.
-const HISTORIES: u64 = 120;
+const HISTORIES: u64 = 240;
 const STEPS: usize = 70;
-/// How long every key here remembers.
-const REMEMBER_DAYS: u32 = 3;
 /// A request that was let through leaves within its deadline, or not at all.
 const SENT_WITHIN_MS: u64 = HOUR_MS / 4;
 
@@ -52,8 +51,8 @@ async fn run(seed: u64) {
     let _told = Told::of_seed(seed);
     let mut history = History::new(seed).await;
     for n in 0..STEPS {
-        history.step().await;
-        history.check();
+        let node = history.step().await;
+        history.check(node);
         if n % 16 == 0 {
             history.check_ended();
         }
@@ -61,156 +60,129 @@ async fn run(seed: u64) {
     history.check_records();
 }
 
-/// A call that is being sent.
-struct Flight {
-    held: Held,
-    name: String,
-    payer: KeyId,
-    since: u64,
+/// What really happened to money, whatever the ledgers believe.
+#[derive(Default)]
+struct Truth {
+    executed: HashMap<(KeyId, Lane), u64>,
+    /// By how much an object exceeds what a key held for it.
+    excess: HashMap<(KeyId, String), u64>,
+    ladders: Ladders,
 }
 
-/// What was executed under a name, as this account sees it.
-struct Done {
-    object: String,
-    /// When the ledger was told, by its own time.
-    told_at: Option<UnixMs>,
-    /// Whether the name stands for what is charged.
-    by_content: bool,
+impl Truth {
+    fn executed(&self, key: KeyId, lane: Lane) -> u64 {
+        self.executed.get(&(key, lane)).copied().unwrap_or(0)
+    }
+
+    fn excess(&self, key: KeyId) -> u64 {
+        self.excess.iter().filter(|((of, _), _)| *of == key).map(|(_, minor)| minor).sum()
+    }
+
+    /// Notes that a hold is settled with so much, and says whether that is more than it was.
+    fn settles(&mut self, hold: &Hold, object: &str, minor: u64) -> bool {
+        let is_over = minor > hold.minor;
+        if is_over {
+            self.excess.insert((hold.key_id, object.to_owned()), minor - hold.minor);
+        }
+        is_over
+    }
 }
 
 /// One history.
 struct History {
-    world: World,
     dice: Dice,
     stripe: Stripe,
     /// Time as it really passes.
     real: u64,
-    keys: Vec<KeyId>,
-    flights: Vec<Flight>,
-    done: HashMap<String, Done>,
-    /// What was executed under an upstream key.
-    ran: HashMap<String, Executed>,
-    /// What each call was made for.
-    names: HashMap<CallId, String>,
-    bodies: HashMap<CallId, Vec<u8>>,
-    /// Objects that the ledger was told of.
-    known: HashSet<String>,
-    holds: HashSet<HoldId>,
-    ended: HashMap<HoldId, Hold>,
-    executed: HashMap<(KeyId, Lane), u64>,
-    upstream_keys: HashSet<String>,
-    flagged: HashSet<KeyId>,
-    /// The highest time that the ledger ever had: what was over then is over.
-    latest: UnixMs,
+    nodes: [Node; 2],
+    truth: Truth,
     trail: Vec<String>,
 }
 
 impl History {
     async fn new(seed: u64) -> Self {
-        let file = File::default();
-        let world = World::new(Arc::new(move |opening| Ledger::open_backend(file.open(), opening)));
-        let mut history = Self {
-            world,
+        let first = Node::new().await;
+        let second = Node::beside(&first).await;
+        Self {
             dice: Dice::new(seed),
             stripe: Stripe::default(),
             real: START.millis(),
-            keys: Vec::new(),
-            flights: Vec::new(),
-            done: HashMap::new(),
-            ran: HashMap::new(),
-            names: HashMap::new(),
-            bodies: HashMap::new(),
-            known: HashSet::new(),
-            holds: HashSet::new(),
-            ended: HashMap::new(),
-            executed: HashMap::new(),
-            upstream_keys: HashSet::new(),
-            flagged: HashSet::new(),
-            latest: START,
+            nodes: [first, second],
+            truth: Truth::default(),
             trail: Vec::new(),
-        };
-        for n in 0..4 {
-            let key = history.new_key(n).await;
-            history.keys.push(key);
         }
-        history
     }
 
-    async fn new_key(&self, n: usize) -> KeyId {
-        self.world
-            .key(&format!("k{n}"), |key| {
-                key.remember_days = REMEMBER_DAYS;
-                key.caps.daily = Some(usd("9.00"));
-                key.caps.daily_out = Some(usd("2.00"));
-                match n {
-                    0 => key.caps.total = Some(usd("13.00")),
-                    1 => key.expires_at = key.created_at.plus_millis(DAY_MS),
-                    2 => key.caps.max_calls = Some(6),
-                    _ => {
-                        let (scope, fields) = ("billing:1".to_owned(), Vec::new());
-                        key.idempotency = Idempotency::Content { scope, fields };
-                    }
-                }
-            })
-            .await
-    }
-
-    async fn step(&mut self) {
-        self.latest = self.latest.max(self.world.ledger().now());
+    /// Does something at one sidecar, and says at which.
+    async fn step(&mut self) -> usize {
+        let n = usize::from(self.dice.percent(35));
+        self.nodes[n].notes_the_time();
         match self.dice.below(100) {
-            0..45 => self.ask().await,
-            45..75 => self.deliver().await,
-            75..80 => self.cancel().await,
-            80..82 => self.recover().await,
-            82..84 => self.end_a_doubt().await,
-            84..88 => self.restart(),
-            88..96 => self.pass(),
-            96 => self.world.ledger().tick().await.unwrap(),
-            97 => self.elsewhere(),
+            0..43 => self.ask(n).await,
+            43..71 => self.deliver(n).await,
+            71..76 => self.cancel(n).await,
+            76..78 => self.recover(n).await,
+            78..81 => self.end_a_doubt(n).await,
+            81..85 => self.restart(n),
+            85..93 => self.pass(),
+            93 => self.nodes[n].world.ledger().tick().await.unwrap(),
+            94 => self.elsewhere(),
+            95 => self.throw_the_switch(n).await,
+            96 => self.revoke(n).await,
+            97 => self.forget(n).await,
+            98 => self.lose(n).await,
             _ => self.turn_the_clock().await,
         }
+        n
     }
 
-    /// Somebody makes an intent without the sidecar.
+    fn note(&mut self, n: usize, what: &str) {
+        self.trail.push(format!("{n}: {what}"));
+    }
+
+    /// Somebody makes an intent without a sidecar.
     fn elsewhere(&mut self) {
         let id = format!("pi_{}", self.stripe.objects.len());
         self.stripe.objects.insert(id, Object { minor: 300, state: State::Unconfirmed });
     }
 
-    async fn ask(&mut self) {
-        let n = self.dice.below(self.keys.len());
-        let now = self.world.ledger().now();
-        let is_active = |key: keybrake::key::Key| key.status(now) == Status::Active;
-        if !self.world.reads().key(self.keys[n]).unwrap().is_some_and(is_active) {
-            self.keys[n] = self.new_key(n).await;
+    async fn ask(&mut self, n: usize) {
+        let k = self.dice.below(self.nodes[n].keys.len());
+        if self.nodes[n].status(k) != Some(Status::Active) && self.dice.percent(70) {
+            self.nodes[n].renew(k).await;
         }
-        let (key, ask) = (self.keys[n], self.any_ask());
-        self.trail.push(format!("k{n} {ask:?}"));
-        if let Some((id, object)) =
-            ask.object.as_ref().and_then(|id| Some((id, self.stripe.objects.get(id)?)))
-        {
-            self.world.tells(id, object.record());
+        if self.nodes[n].is_stopped && self.dice.percent(30) {
+            self.throw_the_switch(n).await;
         }
-        match self.world.admit(key, &ask).await.unwrap() {
-            Admitted::Held(held) => self.take_off(held, n == 3, &ask),
-            Admitted::Replay { call_id, answer } => {
-                assert_eq!(Some(&answer.body), self.bodies.get(&call_id), "a replay gives the same bytes");
-            }
-            Admitted::Refused(refusal) => {
-                let expected = [
-                    Code::SpendCapExceeded,
-                    Code::CallLimitExceeded,
-                    Code::IdempotencyError,
-                    Code::IdempotencyKeyInUse,
-                    Code::OutcomeUnknown,
-                    Code::AlreadyExecuted,
-                    Code::AmountUnknown,
-                ];
-                assert!(expected.contains(&refusal.code), "{refusal:?}");
+        let (key, status, ask) = (self.nodes[n].keys[k], self.nodes[n].status(k), self.any_ask());
+        self.note(n, &format!("k{k} {ask:?}"));
+        let known = ask.object.as_ref().and_then(|id| Some((id, self.stripe.objects.get(id)?)));
+        let node = &mut self.nodes[n];
+        if let Some((id, object)) = known {
+            node.world.tells(id, object.record());
+        }
+        let must = match status {
+            None => return,
+            Some(Status::Expired) => Some(Code::VaultKeyExpired),
+            Some(Status::Revoked) => Some(Code::VaultKeyRevoked),
+            Some(Status::Closed) => Some(Code::VaultKeyClosed),
+            Some(Status::Active) if node.is_stopped => Some(Code::KillSwitch),
+            Some(Status::Active) => None,
+        };
+        let admitted = node.world.admit(key, &ask).await.unwrap();
+        match (admitted, must) {
+            (Admitted::Refused(refusal), Some(code)) => assert_eq!(refusal.code, code),
+            (Admitted::Refused(refusal), None) => may_be_refused(&refusal, &ask),
+            (other, Some(code)) => panic!("{other:?} instead of {code:?}\n{}", self.told()),
+            (Admitted::Held(held), None) => node.take_off(held, k == BY_CONTENT, &ask, self.real),
+            (Admitted::Replay { call_id, answer }, None) => {
+                assert_eq!(Some(&answer.body), node.bodies.get(&call_id), "a replay gives the same bytes");
             }
             // What was found or said to be executed has no answer that was seen.
-            Admitted::Tell(executed) => assert!(self.known.contains(&executed.object_id), "{executed:?}"),
-            Admitted::Look(_) => panic!("every object has a record"),
+            (Admitted::Tell(executed), None) => {
+                assert!(node.known.contains(&executed.object_id), "{executed:?}");
+            }
+            (Admitted::Look(_), None) => panic!("every object has a record"),
         }
     }
 
@@ -238,62 +210,70 @@ impl History {
         }
     }
 
-    fn take_off(&mut self, held: Held, by_content: bool, ask: &Ask) {
-        let call = self.world.call(held.call_id());
-        let reserved = self.world.hold(call.hold_id);
-        self.holds.insert(reserved.id);
-        self.upstream_keys.insert(held.request().idempotency_key.clone().unwrap());
-        let what = if by_content { format!("{:?} {:?}", ask.deed, ask.object) } else { String::new() };
-        let name = format!("{} {what}", ask.name);
-        self.names.insert(held.call_id(), name.clone());
-        self.flights.push(Flight { held, name, payer: reserved.key_id, since: self.real });
-    }
-
     /// One request reaches Stripe, or not; its answer arrives, or not.
-    async fn deliver(&mut self) {
-        if self.flights.is_empty() {
+    async fn deliver(&mut self, n: usize) {
+        if self.nodes[n].flights.is_empty() {
             return;
         }
-        let n = self.dice.below(self.flights.len());
-        let flight = self.flights.swap_remove(n);
+        let at = self.dice.below(self.nodes[n].flights.len());
+        let flight = self.nodes[n].flights.swap_remove(at);
         let answer = match self.dice.below(100) {
             0..5 => plain(Reading::NotSent),
             _ if self.real > flight.since + SENT_WITHIN_MS => plain(Reading::NotSent),
             5..13 => plain(Reading::Silence),
             13..15 => plain(Reading::OwnKeyRefused),
-            _ => self.at_stripe(&flight),
+            _ => self.at_stripe(n, &flight),
         };
         let answer = if self.dice.percent(12) { plain(Reading::Silence) } else { answer };
-        self.trail.push(format!("  {}: {answer:?}", flight.name));
+        self.note(n, &format!("  {}: {answer:?}", flight.name));
         let Flight { held, name, payer, .. } = flight;
         let outcome = conclude(&answer.reading, held.first_send(), answer.replayed, held.basis());
         let objects: Vec<&str> = answer.objects.iter().map(String::as_str).collect();
-        self.known.extend(answer.objects.iter().cloned());
+        let node = &mut self.nodes[n];
+        node.known.extend(answer.objects.iter().cloned());
         let status = (answer.reading != Reading::Silence).then_some(200);
-        let resolve = self.world.resolve(outcome, &objects, status);
+        let resolve = node.world.resolve(outcome, &objects, status);
         if let Outcome::Spent { .. } | Outcome::Pending { .. } = outcome {
-            self.bodies.insert(held.call_id(), resolve.answer.clone().unwrap().body);
-            let now = self.world.ledger().now();
-            if let Some(done) = self.done.get_mut(&name) {
-                done.told_at = Some(done.told_at.unwrap_or(now));
-            }
+            node.bodies.insert(held.call_id(), resolve.answer.clone().unwrap().body);
+            node.was_told(&name, objects[0]);
         }
-        let hold = self.world.hold(self.world.call(held.call_id()).hold_id);
+        let hold = node.world.hold(node.world.call(held.call_id()).hold_id);
         assert_eq!(hold.key_id, payer, "who pays does not change");
-        self.world.ledger().resolve(held, resolve).await.unwrap();
+        node.world.ledger().resolve(held, resolve).await.unwrap();
+        if let Outcome::Spent { minor } = outcome
+            && self.truth.settles(&hold, objects[0], minor)
+        {
+            self.is_closed(n, payer);
+        }
     }
 
     /// Stripe gets a request and may execute it: at most once for each name.
-    fn at_stripe(&mut self, flight: &Flight) -> Answer {
-        let (answer, executed) = self.stripe.send(&mut self.dice, flight.held.request(), self.real);
+    fn at_stripe(&mut self, n: usize, flight: &Flight) -> Answer {
+        let request = flight.held.request();
+        let key = request.idempotency_key.as_deref().unwrap();
+        self.truth.ladders.begin(&flight.name, self.real);
+        let (answer, executed) = self.stripe.send(&mut self.dice, request, self.real);
+        let ledger = self.nodes[n].world.ledger().id();
+        let stored_at = self.stripe.stored_at(key, self.real);
+        if answer.reading == Reading::KeyMismatch {
+            let met = self.stripe.differs(request) || self.truth.ladders.was_forgotten(&flight.name);
+            assert!(met, "{} did not meet its equal\n{}", flight.name, self.told());
+        } else if answer.reading == Reading::Invalid && stored_at.is_none() {
+            // What is turned away at the door has a next attempt here, and none elsewhere.
+            self.truth.ladders.diverge(&flight.name);
+        } else if stored_at == Some(self.real) && !answer.replayed {
+            let ran = executed.clone().map(|executed| Ran { executed, ledger });
+            self.truth.ladders.stored(&flight.name, key, self.real, ran);
+        }
+        if stored_at.is_some() && answer.reading != Reading::KeyMismatch {
+            self.nodes[n].came_to(flight, self.truth.ladders.ran(&flight.name, key));
+        }
         let Some(executed) = executed else { return answer };
-        self.trail.push(format!("  {}: {executed:?}", flight.name));
-        if let Some(before) = self.done.get(&flight.name) {
-            let canceled = self.stripe.objects[&before.object].state == State::Canceled;
-            let until = |at: UnixMs| at.plus_millis(u64::from(REMEMBER_DAYS) * DAY_MS);
-            let over = before.told_at.is_some_and(|at| self.latest >= until(at));
+        self.note(n, &format!("  {}: {executed:?}", flight.name));
+        let canceled = |object: &str| self.stripe.objects[object].state == State::Canceled;
+        if let Some(before) = self.nodes[n].done.get(&flight.name) {
             assert!(
-                canceled || (over && !before.by_content),
+                canceled(&before.object) || self.nodes[n].may_be_done_again(&flight.name, before),
                 "{} was executed as {} and again as {}\n{}",
                 flight.name,
                 before.object,
@@ -301,32 +281,32 @@ impl History {
                 self.told()
             );
         }
-        let key = flight.held.request().idempotency_key.clone().unwrap();
-        self.ran.insert(key, executed.clone());
-        *self.executed.entry((flight.payer, executed.lane)).or_default() += executed.minor;
-        if executed.over {
-            self.flagged.insert(flight.payer);
+        if let Some(other) = self.truth.ladders.twice(&flight.name, ledger, self.real, canceled) {
+            panic!("{} was executed as {other} by another ledger\n{}", flight.name, self.told());
         }
-        let by_content = !flight.name.ends_with(' ');
-        let done = Done { object: executed.object, told_at: None, by_content };
-        self.done.insert(flight.name.clone(), done);
+        *self.truth.executed.entry((flight.payer, executed.lane)).or_default() += executed.minor;
+        if executed.over > 0 {
+            self.truth.excess.insert((flight.payer, executed.object.clone()), executed.over);
+        }
+        let done = Done { object: executed.object, told_at: None };
+        self.nodes[n].done.insert(flight.name.clone(), done);
         answer
     }
 
-    async fn cancel(&mut self) {
+    async fn cancel(&mut self, n: usize) {
         let open = |object: &Object| matches!(object.state, State::Unconfirmed | State::Authorized);
         let all: Vec<String> =
             self.stripe.objects.iter().filter(|(_, object)| open(object)).map(|(id, _)| id.clone()).collect();
         let Some(id) = self.dice.any(&all).cloned() else { return };
-        self.trail.push(format!("cancel {id}"));
+        self.note(n, &format!("cancel {id}"));
         self.stripe.objects.get_mut(&id).unwrap().state = State::Canceled;
         if self.dice.percent(80) {
-            self.world.ledger().observe(String::new(), id, Facts::default(), Record::Ended).await.unwrap();
+            self.observe(n, id, Record::Ended).await;
         }
     }
 
     /// What a later read of an object says.
-    async fn recover(&mut self) {
+    async fn recover(&mut self, n: usize) {
         let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
         let Some(id) = self.dice.any(&all).cloned() else { return };
         let object = self.stripe.objects[&id].clone();
@@ -335,25 +315,30 @@ impl History {
             State::Canceled => Record::Ended,
             State::Unconfirmed | State::Authorized => return,
         };
-        self.trail.push(format!("observe {id} {record:?}"));
-        self.world.ledger().observe(String::new(), id.clone(), Facts::default(), record).await.unwrap();
-        let now = self.world.ledger().now();
-        let under_way: Vec<&str> = self.flights.iter().map(|flight| flight.name.as_str()).collect();
-        for (name, done) in self.done.iter_mut().filter(|(_, done)| done.object == id) {
-            if !self.known.contains(&id) || under_way.contains(&name.as_str()) {
-                continue;
-            }
-            done.told_at = Some(done.told_at.unwrap_or(now));
+        self.note(n, &format!("observe {id} {record:?}"));
+        self.observe(n, id.clone(), record).await;
+        self.nodes[n].saw(&id);
+    }
+
+    async fn observe(&mut self, n: usize, id: String, record: Record) {
+        let world = &self.nodes[n].world;
+        let before = world.reads().hold_of_object("", &id).unwrap();
+        world.ledger().observe(String::new(), id.clone(), Facts::default(), record).await.unwrap();
+        let (Some(hold), Record::Moved { minor }) = (before, record) else { return };
+        if hold.state.is_live()
+            && !world.hold(hold.id).state.is_live()
+            && self.truth.settles(&hold, &id, minor)
+        {
+            self.is_closed(n, hold.key_id);
         }
     }
 
     /// Recovery finds what a call in doubt has done, or an operator says what became of it.
-    async fn end_a_doubt(&mut self) {
-        let unsettled = self.world.reads().unsettled_holds(1_000).unwrap();
+    async fn end_a_doubt(&mut self, n: usize) {
+        let unsettled = self.nodes[n].world.reads().unsettled_holds(1_000).unwrap();
         let doubts: Vec<Hold> = unsettled.into_iter().filter(|hold| hold.state == HoldState::Doubt).collect();
         let Some(hold) = self.dice.any(&doubts).cloned() else { return };
-        let key = hold.live.as_ref().unwrap().request.idempotency_key.clone().unwrap();
-        let object = self.ran.get(&key).map(|executed| executed.object.clone());
+        let object = self.nodes[n].executed_for(&hold).map(|executed| executed.object.clone());
         let by_operator = self.dice.percent(50);
         let found = object.as_ref().map(|id| self.stripe.objects[id].clone());
         let outcome = match found {
@@ -366,37 +351,92 @@ impl History {
             // What is not found proves nothing.
             Some(_) | None => return,
         };
-        self.trail.push(format!("{:?} {object:?} {outcome:?}", hold.call_id));
+        self.note(n, &format!("{:?} {object:?} {outcome:?}", hold.call_id));
+        let node = &mut self.nodes[n];
         let objects: Vec<&str> = object.iter().map(String::as_str).collect();
         let answer = match outcome {
-            Known::Record(outcome) => self.world.resolve(outcome, &objects, Some(200)).answer,
+            Known::Record(outcome) => node.world.resolve(outcome, &objects, Some(200)).answer,
             Known::Executed { .. } | Known::NotExecuted => None,
         };
         let body = answer.as_ref().map(|answer| answer.body.clone());
         let actor = by_operator.then(|| "admin".to_owned());
         let objects = object.iter().cloned().collect();
         let end = EndDoubt { outcome, objects, answer, actor, evidence: Map::new() };
-        if self.world.ledger().end_doubt(hold.id, end).await.unwrap() != Ending::Ended {
+        if node.world.ledger().end_doubt(hold.id, end).await.unwrap() != Ending::Ended {
             return;
         }
-        let now = self.world.ledger().now();
-        self.bodies.extend(body.map(|body| (hold.call_id, body)));
-        self.known.extend(object.clone());
-        let name = &self.names[&hold.call_id];
-        if let Some(done) = self.done.get_mut(name).filter(|done| Some(&done.object) == object.as_ref()) {
-            done.told_at = Some(done.told_at.unwrap_or(now));
+        node.bodies.extend(body.map(|body| (hold.call_id, body)));
+        node.known.extend(object.clone());
+        let name = node.names[&hold.call_id].clone();
+        match (object, outcome) {
+            (Some(object), Known::Executed { minor } | Known::Record(Outcome::Spent { minor })) => {
+                node.was_told(&name, &object);
+                if self.truth.settles(&hold, &object, minor) {
+                    self.is_closed(n, hold.key_id);
+                }
+            }
+            (Some(object), _) => node.was_told(&name, &object),
+            // An operator's word opens a next attempt here, and none elsewhere.
+            (None, _) => self.truth.ladders.diverge(&name),
         }
     }
 
     /// The process dies; what it was sending may have arrived.
-    fn restart(&mut self) {
-        self.trail.push("restart".to_owned());
-        for flight in std::mem::take(&mut self.flights) {
+    fn restart(&mut self, n: usize) {
+        self.note(n, "restart");
+        self.die(n);
+        self.nodes[n].world.restart();
+    }
+
+    fn die(&mut self, n: usize) {
+        for flight in std::mem::take(&mut self.nodes[n].flights) {
             if self.dice.percent(50) && self.real <= flight.since + SENT_WITHIN_MS {
-                self.at_stripe(&flight);
+                self.at_stripe(n, &flight);
             }
         }
-        self.world.restart();
+    }
+
+    /// The process dies and its volume with it. What it had executed is counted by nobody any more; that it was no more
+    /// than it counted holds to the end.
+    async fn lose(&mut self, n: usize) {
+        if self.dice.percent(50) {
+            return;
+        }
+        self.note(n, "lose");
+        self.die(n);
+        self.check(n);
+        self.nodes[n] = Node::beside(&self.nodes[n]).await;
+    }
+
+    async fn throw_the_switch(&mut self, n: usize) {
+        let on = !self.nodes[n].is_stopped;
+        self.note(n, if on { "stop" } else { "go" });
+        self.nodes[n].is_stopped = on;
+        let done = self.nodes[n].world.ledger().set_kill_switch(on, "a test".to_owned(), admin());
+        done.await.unwrap();
+    }
+
+    async fn revoke(&mut self, n: usize) {
+        let k = self.dice.below(self.nodes[n].keys.len());
+        self.note(n, &format!("revoke k{k}"));
+        let revoked = self.nodes[n].world.ledger().revoke_key(self.nodes[n].keys[k], admin()).await;
+        // It may have gone with its last memory.
+        if revoked.is_ok() {
+            assert_eq!(self.nodes[n].status(k), Some(Status::Revoked));
+        }
+    }
+
+    /// An operator takes a call back.
+    async fn forget(&mut self, n: usize) {
+        let calls: Vec<_> = self.nodes[n].names.keys().copied().collect();
+        let Some(call) = self.dice.any(&calls).copied() else { return };
+        let taken = self.nodes[n].world.ledger().forget_call(call, "a test".to_owned(), admin()).await;
+        if let Ok(Some(_)) = taken {
+            let name = self.nodes[n].names[&call].clone();
+            self.note(n, &format!("forget {name}"));
+            self.nodes[n].done.remove(&name);
+            self.truth.ladders.forget(&name);
+        }
     }
 
     fn pass(&mut self) {
@@ -409,7 +449,8 @@ impl History {
         };
         self.trail.push(format!("pass {} min", millis / 60_000));
         self.real += millis;
-        self.world.pass(millis);
+        // Both have the same clock.
+        self.nodes[0].world.pass(millis);
     }
 
     /// The machine's clock goes wrong, is put right, or the mark is lowered after it.
@@ -420,92 +461,58 @@ impl History {
             _ => self.real,
         };
         self.trail.push(format!("clock {}", UnixMs::from_millis(shown)));
-        self.world.set_clock(UnixMs::from_millis(shown));
-        // What was sent by a wrong clock is noted by whatever is asked next.
-        self.world.ledger().tick().await.unwrap();
-        if shown == self.real && self.dice.percent(50) {
-            self.trail.push("lower".to_owned());
-            self.world.ledger().lower_clock("was wrong".to_owned(), admin()).await.unwrap();
-        }
-    }
-
-    fn check(&mut self) {
-        self.world.check_counters();
-        self.check_holds();
-        let counted: BTreeSet<KeyId> =
-            self.executed.keys().map(|(key, _)| *key).chain(self.keys.clone()).collect();
-        for key in counted {
-            // A key whose row is gone has no counters any more.
-            let Some(row) = self.world.reads().key(key).unwrap() else { continue };
-            if self.flagged.contains(&key) {
-                continue;
-            }
-            for (lane, cap) in [(Lane::In, row.caps.daily), (Lane::Out, row.caps.daily_out)] {
-                let total = self.world.total(key, lane).counted();
-                let minor = self.executed.get(&(key, lane)).copied().unwrap_or(0);
-                let executed = Rate::USD.usd(minor).unwrap();
-                assert!(executed <= total, "executed {executed} of counted {total}\n{}", self.told());
-                let window =
-                    if row.lives_a_day_or_less() { Day::TOTAL } else { self.world.ledger().now().day() };
-                let today = self.world.reads().counter(Subject::Key(key), window, lane).unwrap();
-                assert!(Some(today.counted()) <= cap, "{today:?} over {cap:?}\n{}", self.told());
-            }
-            let calls = self.world.total(key, Lane::In).calls + self.world.total(key, Lane::Out).calls;
-            assert!(calls <= row.caps.max_calls.unwrap_or(u64::MAX), "{calls} calls");
-            let total = self.world.total(key, Lane::In).counted();
-            assert!(row.caps.total.is_none_or(|cap| total <= cap), "{total} over the total cap");
-        }
-    }
-
-    /// A hold that ended as spent is counted as spent.
-    fn check_holds(&mut self) {
-        let live: Vec<HoldId> =
-            self.holds.iter().filter(|id| !self.ended.contains_key(id)).copied().collect();
-        for hold in live.into_iter().map(|id| self.world.hold(id)).filter(|hold| !hold.state.is_live()) {
-            self.ended.insert(hold.id, hold);
-        }
-        let mut spent: BTreeMap<(KeyId, Lane), MicroUsd> = BTreeMap::new();
-        for hold in self.ended.values().filter(|hold| hold.state == HoldState::Spent) {
-            let sum = spent.entry((hold.key_id, hold.lane)).or_default();
-            *sum = sum.checked_add(hold.usd).unwrap();
-        }
-        for ((key, lane), spent) in spent {
-            if self.world.reads().key(key).unwrap().is_some() {
-                assert_eq!(self.world.total(key, lane).spent, spent, "{}", self.told());
+        self.nodes[0].world.set_clock(UnixMs::from_millis(shown));
+        let lowers = shown == self.real && self.dice.percent(50);
+        for node in &self.nodes {
+            // What was sent by a wrong clock is noted by whatever is asked next.
+            node.world.ledger().tick().await.unwrap();
+            if lowers {
+                node.world.ledger().lower_clock("was wrong".to_owned(), admin()).await.unwrap();
             }
         }
     }
 
-    /// A hold ends once: what had ended is as it was.
+    /// More than was held was executed, and is known: the key is closed.
+    fn is_closed(&self, n: usize, key: KeyId) {
+        let row = self.nodes[n].world.reads().key(key).unwrap();
+        assert!(row.is_none_or(|row| row.closed_at.is_some()), "{key} stays open\n{}", self.told());
+    }
+
+    fn check(&mut self, n: usize) {
+        let trail = || self.trail.join("\n");
+        self.nodes[n].check(&self.truth, &trail);
+    }
+
     fn check_ended(&self) {
-        for (id, before) in &self.ended {
-            let now = self.world.reads().hold(*id).unwrap();
-            // That its object is over may still be learnt; money it has none.
-            let now = now.map(|now| Hold { object_over: before.object_over, ..now });
-            assert!(now.is_none_or(|now| now == *before), "{before:?} ended again\n{}", self.told());
+        for node in &self.nodes {
+            node.check_ended(&|| self.told());
         }
     }
 
-    /// Whatever reached Stripe has a record, and nothing was done to the records.
     fn check_records(&self) {
-        self.world.check();
-        self.check_ended();
-        let log = self.world.log();
-        let admitted: HashSet<&str> = log
-            .iter()
-            .filter(|record| record["event"] == "admitted")
-            .filter_map(|record| record["idempotency_key"].as_str())
-            .collect();
-        for key in &self.upstream_keys {
-            assert!(admitted.contains(key.as_str()), "{key} has no record");
-        }
-        let settled: HashSet<&str> = log.iter().filter_map(|record| record["object_id"].as_str()).collect();
-        for done in self.done.values().filter(|done| done.told_at.is_some()) {
-            assert!(settled.contains(done.object.as_str()), "{} has no record", done.object);
+        for node in &self.nodes {
+            node.check_ended(&|| self.told());
+            node.check_records(&|| self.told());
         }
     }
 
     fn told(&self) -> String {
         self.trail.join("\n")
     }
+}
+
+/// Refusals that have a reason here.
+fn may_be_refused(refusal: &Refusal, ask: &Ask) {
+    let of_any = [
+        Code::SpendCapExceeded,
+        Code::CallLimitExceeded,
+        Code::IdempotencyError,
+        Code::IdempotencyKeyInUse,
+        Code::OutcomeUnknown,
+        Code::AlreadyExecuted,
+        Code::AmountUnknown,
+    ];
+    // The key that pays for the object may be dead.
+    let of_object = ask.object.is_some() && refusal.code == Code::ParameterNotAllowed;
+    assert!(of_any.contains(&refusal.code) || of_object, "{refusal:?}");
 }

@@ -30,7 +30,7 @@ pub(super) const START: UnixMs = UnixMs::from_millis(1_783_987_200_000 + HOUR_MS
 /// What a cent of a euro counts here: two of a dollar.
 const EUR: Rate = Rate::from_pico(20_000_000_000);
 /// The stamp's parameter, as a vendor would name it.
-const STAMP_PARAM: &str = "metadata[keybrake_call]";
+pub(super) const STAMP_PARAM: &str = "metadata[keybrake_call]";
 
 /// A place where one ledger lives: opens it as often as it is asked, once the handle before is gone.
 pub(super) type Place = Arc<dyn Fn(Opening) -> Result<Ledger, LedgerError>>;
@@ -42,6 +42,8 @@ pub(super) struct World {
     clock: Clock,
     hand: Arc<AtomicU64>,
     made: Cell<u64>,
+    /// How many worlds share the clock: their ids differ.
+    worlds: Arc<AtomicU64>,
     modes: RefCell<HashMap<KeyId, Idempotency>>,
     /// What the vendor's records say of objects that are read first.
     records: RefCell<HashMap<String, Seen>>,
@@ -162,7 +164,9 @@ impl World {
     pub(super) fn new(place: Place) -> Self {
         let (clock, hand) = Clock::manual(START);
         let (made, modes) = (Cell::new(0), RefCell::default());
-        let mut world = Self { place, ledger: None, clock, hand, made, modes, records: RefCell::default() };
+        let worlds = Arc::new(AtomicU64::new(1));
+        let records = RefCell::default();
+        let mut world = Self { place, ledger: None, clock, hand, made, worlds, modes, records };
         world.restart();
         world
     }
@@ -174,7 +178,8 @@ impl World {
             ledger: None,
             clock: self.clock.clone(),
             hand: Arc::clone(&self.hand),
-            made: Cell::new(self.made.get() + 1_000_000),
+            made: Cell::new(self.worlds.fetch_add(1, Ordering::SeqCst) * 1_000_000),
+            worlds: Arc::clone(&self.worlds),
             modes: self.modes.clone(),
             records: self.records.clone(),
         };

@@ -9,6 +9,7 @@ use keybrake::money::{Currency, Money};
 use keybrake::time::DAY_MS;
 
 use crate::dice::Dice;
+use crate::ledger::world::STAMP_PARAM;
 
 /// How long this Stripe remembers a key: no longer than it promises.
 const REMEMBERS_MS: u64 = DAY_MS;
@@ -62,8 +63,8 @@ pub(super) struct Executed {
     pub(super) lane: Lane,
     /// What moved.
     pub(super) minor: u64,
-    /// More than was asked for.
-    pub(super) over: bool,
+    /// By how much that is more than was asked for.
+    pub(super) over: u64,
 }
 
 /// A Stripe that executes each key once in 24 hours, and no longer remembers it afterwards.
@@ -101,6 +102,20 @@ impl Stripe {
         (answer, executed)
     }
 
+    /// When the answer that it still remembers under a key was stored.
+    pub(super) fn stored_at(&self, key: &str, now: u64) -> Option<u64> {
+        self.keys.get(key).map(|said| said.at).filter(|at| now < at + REMEMBERS_MS)
+    }
+
+    /// Whether a request differs from the one that it remembers in more than the sidecar's own mark.
+    pub(super) fn differs(&self, request: &ExactRequest) -> bool {
+        let own = |params: &[(String, String)]| -> Vec<(String, String)> {
+            params.iter().filter(|(name, _)| name != STAMP_PARAM).cloned().collect()
+        };
+        let said = &self.keys[request.idempotency_key.as_deref().unwrap()].request;
+        said.0 != request.path || own(&said.1) != own(&request.params)
+    }
+
     fn execute(&mut self, dice: &mut Dice, request: &ExactRequest) -> (Answer, Option<Executed>) {
         if dice.percent(6) {
             return (plain(Reading::Unclear { is_5xx: true }), None);
@@ -132,8 +147,8 @@ impl Stripe {
         minor: u64,
         state: State,
     ) -> (Answer, Option<Executed>) {
-        let over = state == State::Moved && dice.below(150) == 0;
-        let minor = if over { minor + 50 } else { minor };
+        let over = if state == State::Moved && dice.percent(2) { 50 } else { 0 };
+        let minor = minor + over;
         let object = format!("{prefix}_{}", self.objects.len());
         self.objects.insert(object.clone(), Object { minor, state });
         let reading = said_of(state, minor);
@@ -171,7 +186,7 @@ impl Stripe {
             object.minor = moved;
         }
         let reading = said_of(object.state, object.minor);
-        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved, over: false };
+        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved, over: 0 };
         (Answer { reading, objects: vec![id.to_owned()], replayed: false }, Some(executed))
     }
 
@@ -181,7 +196,7 @@ impl Stripe {
         }
         let id = format!("re_{}", self.objects.len());
         self.objects.insert(id.clone(), Object { minor, state: State::Moved });
-        let executed = Executed { object: id.clone(), lane: Lane::Out, minor, over: false };
+        let executed = Executed { object: id.clone(), lane: Lane::Out, minor, over: 0 };
         (Answer { reading: Reading::Moved { minor }, objects: vec![id], replayed: false }, Some(executed))
     }
 }
