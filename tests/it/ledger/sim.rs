@@ -124,9 +124,9 @@ impl History {
             76..78 => self.recover(n).await,
             78..81 => self.end_a_doubt(n).await,
             81..85 => self.restart(n),
-            85..93 => self.pass(),
-            93 => self.nodes[n].world.ledger().tick().await.unwrap(),
-            94 => self.elsewhere(),
+            85..91 => self.pass(),
+            91 => self.nodes[n].world.ledger().tick().await.unwrap(),
+            92..95 => self.elsewhere(),
             95 => self.throw_the_switch(n).await,
             96 => self.revoke(n).await,
             97 => self.forget(n).await,
@@ -140,10 +140,22 @@ impl History {
         self.trail.push(format!("{n}: {what}"));
     }
 
-    /// Somebody makes an intent without a sidecar.
+    /// Somebody works on intents without a sidecar.
     fn elsewhere(&mut self) {
-        let id = format!("pi_{}", self.stripe.objects.len());
-        self.stripe.objects.insert(id, Object { minor: 300, state: State::Unconfirmed });
+        let authorized = |(_, object): &(&String, &Object)| object.state == State::Authorized;
+        let all: Vec<String> =
+            self.stripe.objects.iter().filter(authorized).map(|(id, _)| id.clone()).collect();
+        let of_ours = self.dice.any(&all).cloned().filter(|_| self.dice.percent(70));
+        let captures = self.dice.percent(50);
+        self.trail.push(format!("elsewhere {of_ours:?} {captures}"));
+        if let Some(id) = of_ours {
+            let object = self.stripe.objects.get_mut(&id).unwrap();
+            object.minor += 50;
+            object.state = if captures { State::Moved } else { State::Authorized };
+        } else {
+            let id = format!("pi_{}", self.stripe.objects.len());
+            self.stripe.objects.insert(id, Object { minor: 300, state: State::Unconfirmed });
+        }
     }
 
     async fn ask(&mut self, n: usize) {
@@ -285,9 +297,8 @@ impl History {
             panic!("{} was executed as {other} by another ledger\n{}", flight.name, self.told());
         }
         *self.truth.executed.entry((flight.payer, executed.lane)).or_default() += executed.minor;
-        if executed.over > 0 {
-            self.truth.excess.insert((flight.payer, executed.object.clone()), executed.over);
-        }
+        let hold = self.nodes[n].world.hold(self.nodes[n].world.call(flight.held.call_id()).hold_id);
+        self.truth.settles(&hold, &executed.object, executed.minor);
         let done = Done { object: executed.object, told_at: None };
         self.nodes[n].done.insert(flight.name.clone(), done);
         answer

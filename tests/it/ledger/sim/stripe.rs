@@ -63,8 +63,6 @@ pub(super) struct Executed {
     pub(super) lane: Lane,
     /// What moved.
     pub(super) minor: u64,
-    /// By how much that is more than was asked for.
-    pub(super) over: u64,
 }
 
 /// A Stripe that executes each key once in 24 hours, and no longer remembers it afterwards.
@@ -153,7 +151,7 @@ impl Stripe {
         self.objects.insert(object.clone(), Object { minor, state });
         let reading = said_of(state, minor);
         let moved = if state == State::Moved { minor } else { 0 };
-        let executed = Executed { object: object.clone(), lane: Lane::In, minor: moved, over };
+        let executed = Executed { object: object.clone(), lane: Lane::In, minor: moved };
         (Answer { reading, objects: vec![object], replayed: false }, Some(executed))
     }
 
@@ -186,7 +184,7 @@ impl Stripe {
             object.minor = moved;
         }
         let reading = said_of(object.state, object.minor);
-        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved, over: 0 };
+        let executed = Executed { object: id.to_owned(), lane: Lane::In, minor: moved };
         (Answer { reading, objects: vec![id.to_owned()], replayed: false }, Some(executed))
     }
 
@@ -196,7 +194,7 @@ impl Stripe {
         }
         let id = format!("re_{}", self.objects.len());
         self.objects.insert(id.clone(), Object { minor, state: State::Moved });
-        let executed = Executed { object: id.clone(), lane: Lane::Out, minor, over: 0 };
+        let executed = Executed { object: id.clone(), lane: Lane::Out, minor };
         (Answer { reading: Reading::Moved { minor }, objects: vec![id], replayed: false }, Some(executed))
     }
 }
