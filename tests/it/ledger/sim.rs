@@ -121,12 +121,12 @@ impl History {
             0..43 => self.ask(n).await,
             43..71 => self.deliver(n).await,
             71..76 => self.cancel(n).await,
-            76..78 => self.recover(n).await,
-            78..81 => self.end_a_doubt(n).await,
+            76..79 => self.recover(n).await,
+            79..81 => self.end_a_doubt(n).await,
             81..85 => self.restart(n),
             85..91 => self.pass(),
             91 => self.nodes[n].world.ledger().tick().await.unwrap(),
-            92..95 => self.elsewhere(),
+            92..95 => self.elsewhere(n).await,
             95 => self.throw_the_switch(n).await,
             96 => self.revoke(n).await,
             97 => self.forget(n).await,
@@ -141,7 +141,7 @@ impl History {
     }
 
     /// Somebody works on intents without a sidecar.
-    fn elsewhere(&mut self) {
+    async fn elsewhere(&mut self, n: usize) {
         let authorized = |(_, object): &(&String, &Object)| object.state == State::Authorized;
         let all: Vec<String> =
             self.stripe.objects.iter().filter(authorized).map(|(id, _)| id.clone()).collect();
@@ -152,6 +152,11 @@ impl History {
             let object = self.stripe.objects.get_mut(&id).unwrap();
             object.minor += 50;
             object.state = if captures { State::Moved } else { State::Authorized };
+            if captures && self.dice.percent(50) {
+                let minor = object.minor;
+                self.observe(n, id.clone(), Record::Moved { minor }).await;
+                self.nodes[n].saw(&id);
+            }
         } else {
             let id = format!("pi_{}", self.stripe.objects.len());
             self.stripe.objects.insert(id, Object { minor: 300, state: State::Unconfirmed });
@@ -200,8 +205,14 @@ impl History {
 
     fn any_ask(&mut self) -> Ask {
         let name = format!("n{}", self.dice.below(7));
+        // Mostly intents that something can still be done with.
+        let any_state = self.dice.percent(25);
+        let fits = |(id, object): &(&String, &Object)| {
+            id.starts_with("pi")
+                && (any_state || matches!(object.state, State::Unconfirmed | State::Authorized))
+        };
         let intents: Vec<String> =
-            self.stripe.objects.keys().filter(|id| id.starts_with("pi")).cloned().collect();
+            self.stripe.objects.iter().filter(fits).map(|(id, _)| id.clone()).collect();
         let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
         let minor = if self.dice.percent(10) { 450 } else { 300 };
         let create = |deed| Ask { deed, ..Ask::charge(&name, minor) };
@@ -316,10 +327,15 @@ impl History {
         }
     }
 
-    /// What a later read of an object says.
+    /// What a later read of an object says, mostly of one whose hold has not ended.
     async fn recover(&mut self, n: usize) {
+        let unsettled = self.nodes[n].world.reads().unsettled_holds(1_000).unwrap();
+        let open: Vec<String> = unsettled.into_iter().filter_map(|hold| hold.object_id).collect();
         let all: Vec<String> = self.stripe.objects.keys().cloned().collect();
-        let Some(id) = self.dice.any(&all).cloned() else { return };
+        let from = if self.dice.percent(75) { &open } else { &all };
+        let Some(id) = self.dice.any(from).filter(|id| self.stripe.objects.contains_key(*id)).cloned() else {
+            return;
+        };
         let object = self.stripe.objects[&id].clone();
         let record = match object.state {
             State::Moved => Record::Moved { minor: object.minor },
