@@ -9,6 +9,7 @@ use super::errors::{self, Failure};
 use super::form::Params;
 use super::objects::{Charge, ChargeStatus, Customer, Decline, Intent, IntentStatus, Object, Refund, Shelf};
 use super::orders::{Capture, Listing, NewRefund, Order, Sale, Which};
+use super::stage::Stage;
 
 /// Beyond this many the oldest movements are forgotten.
 const EXECUTED_MAX: usize = 1_000_000;
@@ -122,6 +123,7 @@ pub(crate) struct Bank {
     customers: Shelf<Customer>,
     executed: VecDeque<Executed>,
     moves: u64,
+    pub(super) stage: Stage,
 }
 
 impl Bank {
@@ -137,6 +139,7 @@ impl Bank {
             customers: Shelf::default(),
             executed: VecDeque::new(),
             moves: 0,
+            stage: Stage::default(),
         }
     }
 
@@ -202,6 +205,8 @@ impl Bank {
             Order::Balance => Ok(self.balance()),
             Order::Retrieve(which) => self.retrieve(context.account, which, id, params),
             Order::List(which, listing) => self.list(context.account, which, &listing, params),
+            Order::Perform => self.perform(context, id, params),
+            Order::Recall => self.recall(id),
         }
     }
 

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::engine::{Engine, Reply, Seen};
 use super::faults::Scripted;
 use super::intents::Settlement;
+use super::stage::Play;
 
 pub(crate) const PREFIX: &str = "/_standin/";
 
@@ -48,6 +49,10 @@ pub(crate) fn answer(engine: &Engine, request: &Seen) -> Reply {
                 Faults::Many(many) => many.into_iter().for_each(|one| engine.fault(one)),
                 Faults::One(one) => engine.fault(one),
             }
+            engine.summary()
+        }),
+        ("POST", "play") => read::<Play>(request).map(|play| {
+            engine.play(play);
             engine.summary()
         }),
         ("POST", "release") => {

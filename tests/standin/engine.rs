@@ -20,6 +20,7 @@ use super::form::Params;
 use super::intents::Settlement;
 use super::keys::{Found, KEY_CHARS_MAX, Keys, Print, Slot};
 use super::orders::{self, Order, Route};
+use super::stage::Play;
 
 /// The log keeps this many requests, the newest.
 const REQUESTS_MAX: usize = 100_000;
@@ -139,6 +140,10 @@ impl Engine {
 
     pub(crate) fn fault(&self, scripted: Scripted) {
         self.state().script.push(scripted);
+    }
+
+    pub(crate) fn play(&self, play: Play) {
+        self.state().bank.stage.put(play);
     }
 
     #[cfg(test)]
@@ -285,7 +290,8 @@ impl State {
         if account != self.options.account && !self.options.connected.contains(&account) {
             return Err(errors::foreign_account(&account));
         }
-        let Some((route, id)) = orders::route(&seen.method, &seen.path) else {
+        let played = || Some((self.bank.stage.route(&seen.method, &seen.path)?, seen.path.as_str()));
+        let Some((route, id)) = orders::route(&seen.method, &seen.path).or_else(played) else {
             return Err(errors::unrecognized(&seen.method, &seen.path));
         };
         if route == Route::Account && self.options.restricted {

@@ -36,6 +36,10 @@ pub(crate) enum Route {
     CustomerCreate,
     CustomerList,
     CustomerGet,
+    /// A test plays it.
+    Performed,
+    /// The record of a play, or the list of it.
+    Recalled,
 }
 
 /// The operation of a request line and the id in its path, empty where there is none.
@@ -93,6 +97,8 @@ impl Route {
             Self::CustomerCreate => "POST /v1/customers",
             Self::CustomerList => "GET /v1/customers",
             Self::CustomerGet => "GET /v1/customers/{id}",
+            Self::Performed => "POST of a play",
+            Self::Recalled => "GET of a play",
         }
     }
 
@@ -154,7 +160,7 @@ impl Route {
             }
             Self::RefundList => "charge created ending_before expand limit payment_intent starting_after",
             Self::CustomerList => "created email ending_before expand limit starting_after",
-            Self::CustomerCreate => return None,
+            Self::CustomerCreate | Self::Performed | Self::Recalled => return None,
         })
     }
 }
@@ -234,6 +240,8 @@ pub(crate) enum Order {
     Balance,
     Retrieve(Which),
     List(Which, Listing),
+    Perform,
+    Recall,
 }
 
 /// The kinds of objects that can be read.
@@ -292,6 +300,8 @@ pub(crate) fn order(route: Route, params: &Params) -> Result<Order, Failure> {
         },
         Route::RefundCreate => Order::Refund(refund(params)?),
         Route::CustomerCreate => Order::Customer(params.clone().into_map()),
+        Route::Performed => Order::Perform,
+        Route::Recalled => Order::Recall,
     })
 }
 

@@ -26,11 +26,12 @@
 //!   a refused refund comes from the execution and is stored; so is a 424; a key that is bound to other parameters is
 //!   refused before the parameters are validated; the 409 has the type `idempotency_error`; a pending charge has
 //!   `captured: true` and `amount_captured: 0`; an intent that is captured in parts is not refunded meanwhile.
-//! - **Not played**: search, webhooks, other endpoints (404 as for an address that Stripe does not know), `expand`
-//!   other than of an intent's latest charge, whether a customer exists, rate limits that nobody scripted.
+//! - **Not played**: search, webhooks, other endpoints (404 as for an address that Stripe does not know, unless a test
+//!   plays one: `stage`), `expand` other than of an intent's latest charge, whether a customer exists, rate limits that
+//!   nobody scripted.
 //!
-//! Layers, lower ones first: `form`, `errors`; `orders` (validation), `objects`; `bank`, `intents` (execution); `keys`,
-//! `faults`; `engine` (one request); `control`, `wire` (HTTP). The same module runs inside tests and as the example
+//! Layers, lower ones first: `form`, `errors`; `orders` (validation), `objects`; `bank`, `intents`, `stage` (execution);
+//! `keys`, `faults`; `engine` (one request); `control`, `wire` (HTTP). The same module runs inside tests and as the example
 //! program `stripe-standin`.
 
 pub(crate) mod bank;
@@ -43,6 +44,7 @@ pub(crate) mod intents;
 mod keys;
 mod objects;
 mod orders;
+pub(crate) mod stage;
 mod wire;
 
 #[cfg(test)]
@@ -58,7 +60,7 @@ use tokio::sync::oneshot;
 
 use engine::Engine;
 #[cfg(test)]
-use {bank::Executed, engine::Seen, faults::Scripted, intents::Settlement};
+use {bank::Executed, engine::Seen, faults::Scripted, intents::Settlement, stage::Play};
 
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
@@ -161,6 +163,11 @@ impl Standin {
     /// Scripts a fault: `fault(Fault::DropAfter)`, `fault(Fault::Hold.on(On::Customer("cus_9".into())))`.
     pub(crate) fn fault(&self, fault: impl Into<Scripted>) {
         self.engine.fault(fault.into());
+    }
+
+    /// Plays an operation that this module does not know.
+    pub(crate) fn play(&self, play: Play) {
+        self.engine.play(play);
     }
 
     /// Takes back every fault that has met no request yet.

@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use super::bank::Kind;
 use super::faults::{Fault, On, Scripted};
 use super::intents::Settlement;
+use super::stage::Play;
 use super::{Options, Standin};
 
 const DAY_SECONDS: u64 = 86_400;
@@ -542,4 +543,35 @@ async fn many_callers_at_once_lose_nothing() {
     }
     while callers.join_next().await.is_some() {}
     assert_eq!(standin.executed().len(), 400);
+}
+
+#[tokio::test]
+async fn a_play_is_kept_stored_and_broken_as_the_rest() {
+    let standin = standin();
+    let invoice = |status: &str| json!({"id": "in_1", "object": "invoice", "status": status});
+    let (path, record) = ("/v1/invoices/in_1/pay", "/v1/invoices/in_1");
+    assert_eq!(post(&standin, path, "k1", "").await.status, 404);
+    standin.play(Play {
+        path: path.to_owned(),
+        record: record.to_owned(),
+        before: invoice("open"),
+        after: invoice("paid"),
+        amount: 2_000,
+    });
+    assert_eq!(get(&standin, record).await.json(), invoice("open"));
+    for (fault, status) in [(Fault::Decline, 402), (Fault::Status500Before, 500)] {
+        standin.fault(fault.on(On::Any));
+        assert_eq!(post(&standin, path, &status.to_string(), "").await.status, status);
+    }
+    assert_eq!((get(&standin, record).await.json(), standin.executed().len()), (invoice("open"), 0));
+    standin.fault(Fault::DropAfter.on(On::Any));
+    let form = "metadata[keybrake_call]=s";
+    assert!(send(&standin, &format!("POST {path}"), Some("k1"), form).await.is_err());
+    let again = post(&standin, path, "k1", form).await;
+    assert_eq!((again.status, again.header("idempotent-replayed")), (200, "true"), "{}", again.body);
+    let paid = get(&standin, record).await.json();
+    assert_eq!((&paid["status"], &paid["metadata"]["keybrake_call"]), (&json!("paid"), &json!("s")));
+    assert_eq!(get(&standin, "/v1/invoices?customer=cus_9").await.json()["data"], json!([paid]));
+    let executed = standin.executed();
+    assert_eq!((executed.len(), executed[0].amount, executed[0].object_id.as_str()), (1, 2_000, "in_1"));
 }
