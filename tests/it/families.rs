@@ -19,7 +19,7 @@ pub(crate) fn script(standin: &Standin, request: &str, status: u16, body: Value)
 }
 
 /// An invoice with these fields.
-fn invoice(more: &Value) -> Value {
+pub(crate) fn invoice(more: &Value) -> Value {
     let mut invoice = json!({
         "id": "in_1", "object": "invoice", "currency": "usd", "customer": "cus_9", "status": "open",
         "collection_method": "charge_automatically", "auto_advance": false,
@@ -36,8 +36,18 @@ fn money(spent: &str, held: &str, doubt: &str) -> (String, String, String) {
 
 /// Somebody else's request at Stripe, without the sidecar.
 async fn elsewhere(standin: &Standin, path: &str, form: &[(&str, &str)]) -> Value {
+    elsewhere_by(&client(), standin, path, form).await
+}
+
+/// The same by a client that is there already: making one takes long.
+pub(crate) async fn elsewhere_by(
+    http: &reqwest::Client,
+    standin: &Standin,
+    path: &str,
+    form: &[(&str, &str)],
+) -> Value {
     let pairs: Vec<_> = form.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    let sent = client()
+    let sent = http
         .post(format!("{}{path}", standin.base_url()))
         .bearer_auth(STRIPE_KEY)
         .header("content-type", "application/x-www-form-urlencoded")

@@ -28,6 +28,8 @@ mod differential;
 #[cfg(test)]
 mod families;
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod first;
 #[cfg(test)]
 mod fuzz;
