@@ -261,7 +261,19 @@ impl Recovery {
         let body = object.to_string().into_bytes();
         let is_ceiling = hold.is_ceiling;
         let rates = self.fx.table().at(self.ledger.now());
-        let proof = hold.money().map(|held| find::proof_of_stamped(lost, held, is_ceiling, &rates, &body));
+        let more = match find::besides(lost, &body) {
+            None => None,
+            Some(look) => {
+                tokio::time::sleep(Duration::from_millis(PAUSE_MS)).await;
+                match self.read(lost.request, look.path, look.params).await {
+                    Some(more) => Some(more.body).filter(|_| more.status == 200),
+                    None => return Ok(Look::TurnedAway),
+                }
+            }
+        };
+        let proof = hold
+            .money()
+            .map(|held| find::proof_of_stamped(lost, held, is_ceiling, &rates, &body, more.as_deref()));
         let Some(Proof::Of(outcome, objects)) = proof else {
             let came_to =
                 "the object with the stamp was found, and says nothing that can be booked".to_owned();

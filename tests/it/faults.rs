@@ -360,7 +360,8 @@ async fn request(http: &reqwest::Client, standin: &Standin, class: Class) -> (St
             (path.to_owned(), Form::new())
         }
         Class::Subscription => {
-            let first = json!({"id": "in_2", "status": "paid", "amount_paid": 1900, "amount_remaining": 0});
+            let first = json!({"id": "in_2", "status": "paid", "amount_paid": 1900, "amount_remaining": 0,
+                "billing_reason": "subscription_create"});
             let first = invoice(&first);
             play(standin, "/v1/invoices/in_2/pay", "/v1/invoices/in_2", first.clone(), first, 0);
             let made = json!({"id": "sub_1", "object": "subscription", "currency": "usd", "customer": customer,

@@ -205,8 +205,12 @@ const CLOCKS_APART_MS: u64 = 120_000;
 /// Only a first invoice that is paid is final, when it bills the whole first period: anything else is billed later.
 fn read_new_subscription(subscription: &Value, more: Option<&[u8]>, params: &[(String, String)]) -> Reading {
     let is_deferred = params.iter().any(|(name, _)| DEFERRING_PARAMS.contains(&form::base(name)));
+    // Found late, its latest invoice may be that of a later period.
+    let is_first = |invoice: &Value| {
+        text(invoice, "billing_reason").is_none_or(|reason| reason == "subscription_create")
+    };
     let paid = latest_invoice(subscription, more)
-        .filter(|invoice| text(invoice, "status") == Some("paid"))
+        .filter(|invoice| text(invoice, "status") == Some("paid") && is_first(invoice))
         .and_then(|invoice| amount(&invoice, "amount_paid"));
     match (text(subscription, "status"), paid) {
         (Some("active"), Some(minor)) if minor > 0 && !is_deferred => Reading::Moved { minor },
@@ -558,6 +562,9 @@ mod tests {
         let invoice: &[u8] = br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":80}"#;
         let (told, objects) = read(answer, Some(held_for(Answers::NewSubscription)), Some(invoice));
         assert_eq!((told, objects), (Reading::Moved { minor: 80 }, vec!["sub_1".to_owned()]));
+        let later: &[u8] =
+            br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":80,"billing_reason":"subscription_cycle"}"#;
+        assert_eq!(read(answer, Some(held_for(Answers::NewSubscription)), Some(later)).0, STAYS_HELD);
         // What comes later is not in it.
         let free = br#"{"object":"invoice","id":"in_1","status":"paid","amount_paid":0}"#;
         assert_eq!(read(answer, Some(held_for(Answers::NewSubscription)), Some(free)).0, STAYS_HELD);

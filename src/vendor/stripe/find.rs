@@ -12,7 +12,7 @@ use crate::money::{Currency, Money, Rates};
 use crate::time::UnixMs;
 use crate::vendor::stripe::answer::{self, Answer, Expected};
 use crate::vendor::stripe::catalogue::{self, Operation};
-use crate::vendor::stripe::object::{Source, amount, is_id, reference, text};
+use crate::vendor::stripe::object::{Look, Source, amount, is_id, reference, text};
 use crate::vendor::stripe::pricing::{Answers, Price, Terms};
 
 /// How far Stripe's clock may be from ours, in seconds.
@@ -140,18 +140,25 @@ pub fn in_page(page: &[u8], stamp: &str) -> Option<(Option<Value>, Option<String
     Some((found, last.filter(|_| has_more)))
 }
 
-/// What an object that carries the call's stamp proves.
+/// What has to be read besides an object that carries the call's stamp, to know how much moved.
+pub fn besides(lost: &Lost<'_>, object: &[u8]) -> Option<Look> {
+    let (operation, _) = operation_of(lost.request)?;
+    answer::follow(Answer { status: 200, body: object }, operation.price.as_ref()?.answers)
+}
+
+/// What an object that carries the call's stamp proves; `more` is what [`besides`] asked for.
 pub fn proof_of_stamped(
     lost: &Lost<'_>,
     held: Money,
     is_ceiling: bool,
     rates: &Rates,
     object: &[u8],
+    more: Option<&[u8]>,
 ) -> Proof {
     let Some((operation, _)) = operation_of(lost.request) else { return Proof::None };
     let Some(Price { answers, .. }) = operation.price else { return Proof::None };
     let expected = lost.expected(answers, held, is_ceiling, rates);
-    let (reading, objects) = answer::read(Answer { status: 200, body: object }, Some(expected), None);
+    let (reading, objects) = answer::read(Answer { status: 200, body: object }, Some(expected), more);
     outcome_of(&reading).map_or(Proof::None, |outcome| Proof::Of(outcome, objects))
 }
 
