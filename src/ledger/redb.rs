@@ -152,7 +152,8 @@ impl RedbStore {
         Writer { store: self, opening: opening.clone(), head: None }
     }
 
-    fn fail(&self, error: &LedgerError) {
+    /// Latches: from now on nothing is written, until the file is opened again.
+    pub(super) fn fail(&self, error: &LedgerError) {
         tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
     }

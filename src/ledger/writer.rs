@@ -2,6 +2,7 @@
 //!
 //! No artificial wait fills a batch: at one caller it would only add latency, and under load the queue fills itself.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -63,7 +64,10 @@ pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, openin
                     Err(_) => break,
                 }
             }
-            writer.commit(batch);
+            // A defect of ours or of the store must be seen by `/readyz`, as a full disk is: nothing is admitted any more.
+            if catch_unwind(AssertUnwindSafe(|| writer.commit(batch))).is_err() {
+                store.fail(&LedgerError::Unavailable("its writer panicked".to_owned()));
+            }
         }
     });
 }

@@ -1,7 +1,7 @@
 //! Storage in memory for redb: a file that outlives its handle, and one that remembers every write.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use redb::StorageBackend;
@@ -23,6 +23,8 @@ struct State {
     is_open: bool,
     log: Option<Vec<Op>>,
     fails_after: Option<u64>,
+    /// Whether the next write panics.
+    panics: bool,
 }
 
 /// A file in memory. Clones are the same file.
@@ -48,6 +50,11 @@ impl File {
         file
     }
 
+    /// What is in it.
+    pub(super) fn bytes(&self) -> Vec<u8> {
+        self.with(|state| state.bytes.clone())
+    }
+
     /// Everything that happened so far.
     pub(super) fn log(&self) -> Vec<Op> {
         self.with(|state| state.log.clone().unwrap_or_default())
@@ -63,12 +70,22 @@ impl File {
         self.with(|state| state.fails_after = Some(writes));
     }
 
+    /// Lets the next write or sync panic, as a store does that finds itself damaged.
+    pub(super) fn panic_next(&self) {
+        self.with(|state| state.panics = true);
+    }
+
+    /// Lets everything succeed again.
+    pub(super) fn mend(&self) {
+        self.with(|state| state.fails_after = None);
+    }
+
     /// Opens it, once the handle before is gone.
     pub(super) fn open(&self) -> Handle {
         let (lock, closed) = &*self.0;
-        let state = lock.lock().unwrap();
-        let (mut state, waited) =
-            closed.wait_timeout_while(state, CLOSE_WAIT, |state| state.is_open).unwrap();
+        let state = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = closed.wait_timeout_while(state, CLOSE_WAIT, |state| state.is_open);
+        let (mut state, waited) = waiting.unwrap_or_else(PoisonError::into_inner);
         assert!(!waited.timed_out(), "the handle before was not closed");
         state.is_open = true;
         drop(state);
@@ -76,12 +93,13 @@ impl File {
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
-        act(&mut self.0.0.lock().unwrap())
+        act(&mut self.0.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl State {
     fn may_write(&mut self) -> io::Result<()> {
+        assert!(!std::mem::take(&mut self.panics), "on purpose");
         match &mut self.fails_after {
             Some(0) => Err(io::Error::other("the disk is gone")),
             Some(left) => {

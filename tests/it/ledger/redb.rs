@@ -100,7 +100,7 @@ async fn a_write_that_fails_latches() {
     let failed = world.ledger().resolve(held, resolve).await;
     assert!(matches!(failed, Err(LedgerError::Unavailable(_))), "{failed:?}");
     assert!(world.ledger().failure().is_some());
-    file.fail_after(u64::MAX);
+    file.mend();
     let after = world.admit(key, &Ask::charge("b", 100)).await;
     assert!(matches!(after, Err(LedgerError::Unavailable(_))), "nothing is written until the next start");
     world.restart();
@@ -108,6 +108,67 @@ async fn a_write_that_fails_latches() {
     let again = world.held(key, &Ask::charge("a", 100)).await;
     assert!(!again.first_send());
     world.check();
+}
+
+/// The disk fails at each write and each sync of an admission, once at every place: what was not acknowledged was not let
+/// through, and may at most be a doubt; what was acknowledged stays.
+#[tokio::test]
+async fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_that_was_told() {
+    for writes in 0.. {
+        let file = File::default();
+        let mut world = World::new(of_file(file.clone()));
+        let key = world.key("k", |_| ()).await;
+        world.charged(key, "a", 100).await;
+        file.fail_after(writes);
+        let told = world.admit(key, &Ask::charge("b", 200)).await;
+        let latched = world.ledger().failure().is_some();
+        file.mend();
+        match &told {
+            Ok(Admitted::Held(held)) => assert!(held.first_send() && !latched, "{writes}"),
+            Ok(other) => panic!("{writes}: {other:?}"),
+            Err(error) => {
+                assert!(matches!(error, LedgerError::Unavailable(_)) && latched, "{writes}: {error}");
+                let after = world.admit(key, &Ask::charge("c", 100)).await;
+                assert!(matches!(after, Err(LedgerError::Unavailable(_))), "{writes}: {after:?}");
+            }
+        }
+        world.restart();
+        let total = world.total(key, Lane::In);
+        assert_eq!(total.spent, usd("1.00"), "{writes}");
+        let in_doubt = total.doubt == usd("2.00");
+        assert!(in_doubt || (told.is_err() && total.counted() == usd("1.00")), "{writes}: {total:?}");
+        let again = world.admit(key, &Ask::charge("a", 100)).await.unwrap();
+        assert!(matches!(again, Admitted::Replay { .. }), "{writes}: {again:?}");
+        let held = world.held(key, &Ask::charge("b", 200)).await;
+        assert_eq!(held.first_send(), !in_doubt, "{writes}");
+        world.check();
+        if told.is_ok() {
+            assert!(writes > 3, "only {writes} places to fail at");
+            return;
+        }
+    }
+}
+
+/// A writer that panicked was gone without a word: every call was refused, and `/readyz` went on saying that all is well.
+#[tokio::test]
+async fn a_writer_that_panics_latches() {
+    let file = File::default();
+    let world = World::new(of_file(file.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    file.panic_next();
+    let failed = world.admit(key, &Ask::charge("b", 200)).await;
+    let after = world.admit(key, &Ask::charge("c", 100)).await;
+    let failure = world.ledger().failure();
+    let next = world.beside(of_file(File::of(file.bytes())));
+    // The store panics once more when it is dropped.
+    std::mem::forget(world);
+    assert!(matches!(failed, Err(LedgerError::Unavailable(_))), "{failed:?}");
+    assert!(matches!(after, Err(LedgerError::Unavailable(_))), "nothing is written until the next start");
+    assert!(failure.is_some());
+    assert_eq!(next.total(key, Lane::In).spent, usd("1.00"));
+    next.charged(key, "c", 100).await;
+    next.check();
 }
 
 /// A doubt of a key with a long memory was sent again under a key with a short one, and forgotten by the short one's
