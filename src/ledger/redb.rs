@@ -69,7 +69,13 @@ impl RedbStore {
             Self::create_file(path, opening, failed)?;
         }
         make_private(path).map_err(failed)?;
-        Self::prepare(Database::create(path)?, opening)
+        // The store would take an empty file for a new one, and every call that it remembered would be made again.
+        if std::fs::metadata(path).map_err(failed)?.len() == 0 {
+            return Err(failed(std::io::Error::other(
+                "the file is empty, and a ledger never is: restore it, or remove it to begin anew without memory",
+            )));
+        }
+        Self::prepare(Database::open(path)?, opening)
     }
 
     /// Makes a ledger under a name of its own, and gives it its name when it is whole: a file that was cut short while
@@ -80,8 +86,15 @@ impl RedbStore {
         failed: impl Fn(std::io::Error) -> LedgerError,
     ) -> Result<(), LedgerError> {
         let fresh = path.with_extension(format!("{}.new", opening.fresh_id));
-        make_private(&fresh).map_err(&failed)?;
-        drop(Self::prepare(Database::create(&fresh)?, opening)?);
+        let made = make_private(&fresh).map_err(&failed).and_then(|()| {
+            drop(Self::prepare(Database::create(&fresh)?, opening)?);
+            Ok(())
+        });
+        if let Err(error) = made {
+            // On a full disk each start would leave one more. Whether it goes or not, why it was not made is what matters.
+            let _ = std::fs::remove_file(&fresh);
+            return Err(error);
+        }
         match std::fs::hard_link(&fresh, path) {
             Ok(()) => std::fs::remove_file(&fresh).map_err(&failed)?,
             // Whoever was faster keeps its own.
