@@ -22,7 +22,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
-use crate::call::{Call, KeyBasis, RESEND_WITHIN_MS, Record, StoredAnswer};
+use crate::call::{Call, KeyBasis, Outcome, RESEND_WITHIN_MS, Record, StoredAnswer};
 use crate::hold::{ExactRequest, Facts, Hold};
 use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::intent::HoldMark;
@@ -89,8 +89,8 @@ impl From<counter::Contradiction> for LedgerError {
 
 /// What an admitted call must be sent with: the proof that its money is durably held.
 ///
-/// Not clonable. When it is dropped without [`Ledger::resolve`], nothing is released: the hold stays as it is, and is a
-/// doubt after the next start.
+/// Not clonable. When it is dropped without [`Ledger::resolve`], nothing is released: the hold stays as it is until
+/// [`Ledger::doubt`], and is a doubt after the next start.
 #[must_use = "the hold stays held until it is resolved"]
 #[derive(Debug)]
 pub struct Held {
@@ -112,6 +112,11 @@ impl Held {
     /// The call.
     pub fn call_id(&self) -> CallId {
         self.call_id
+    }
+
+    /// What to doubt, should this be lost.
+    pub fn sending(&self) -> Sending {
+        Sending { hold_id: self.hold_id, call_id: self.call_id }
     }
 
     /// What is held; `None` for a call whose price is not known.
@@ -153,6 +158,13 @@ impl Held {
                 .map(|_| attempt.first_send.plus_millis(RESEND_WITHIN_MS)),
         })
     }
+}
+
+/// Which hold is being sent: enough to doubt it, not to send or to settle it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sending {
+    hold_id: HoldId,
+    call_id: CallId,
 }
 
 /// What the ledger says to a money call.
@@ -294,6 +306,24 @@ impl Ledger {
     /// [`LedgerError`]: the hold stays counted and is a doubt after the next start.
     pub async fn resolve(&self, held: Held, resolve: Resolve) -> Result<(), LedgerError> {
         let Held { hold_id, call_id, .. } = held;
+        self.ask(|reply| Command::Resolve { hold_id, call_id, resolve: Box::new(resolve), reply }).await
+    }
+
+    /// Doubts a hold whose sender failed on the way: bytes may have left. One that was settled before stays settled.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: as [`Ledger::resolve`], or it was settled.
+    pub async fn doubt(&self, sending: Sending, request_id: String) -> Result<(), LedgerError> {
+        let Sending { hold_id, call_id } = sending;
+        let resolve = Resolve {
+            outcome: Outcome::Unknown,
+            objects: Vec::new(),
+            answer: None,
+            seen_request_id: request_id,
+            stripe_request_id: None,
+            upstream_status: None,
+            duration_ms: 0,
+        };
         self.ask(|reply| Command::Resolve { hold_id, call_id, resolve: Box::new(resolve), reply }).await
     }
 

@@ -517,7 +517,7 @@ where
 }
 
 /// `None` when `future` panics; it is not polled again then.
-async fn unless_panic<F: Future>(future: F) -> Option<F::Output> {
+pub async fn unless_panic<F: Future>(future: F) -> Option<F::Output> {
     let mut future = pin!(future);
     poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Some),

@@ -15,7 +15,7 @@ use crate::key::Key;
 use crate::ledger::rules::limits::one_call_fits;
 use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::rules::{Admit, Executed};
-use crate::ledger::{Admitted, Held, entry};
+use crate::ledger::{Admitted, Held, Sending, entry};
 use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
 use crate::proxy::reply::{
     ORIGINAL_REQUEST, OUTCOME, REPLAYED, REPLAYED_FROM, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of,
@@ -23,6 +23,7 @@ use crate::proxy::reply::{
 use crate::proxy::{Course, No, Proxy, own_key_refused};
 use crate::random;
 use crate::refusal::{Code, Refusal};
+use crate::server::unless_panic;
 use crate::telemetry::{EndLabels, OutcomeLabels};
 use crate::time::UnixMs;
 use crate::upstream::{self, Sent, UnknownReason};
@@ -160,11 +161,38 @@ impl Proxy {
             Admitted::Held(held) => held,
         };
         self.metrics.decided("forwarded", "");
-        let call_id = held.call_id();
+        let (call_id, sending) = (held.call_id(), held.sending());
+        let (first_send, may_retry) = (held.first_send(), held.may_be_resent(self.ledger.now()));
+        let reply = if let Some(reply) = unless_panic(Box::pin(self.make(course, key, &work, held))).await {
+            reply
+        } else {
+            if self.doubt_panicked(course, sending).await && first_send {
+                self.metrics.doubts_opened.inc();
+            }
+            self.doubtful(course, &Told::nothing(Meaning::Silence, false), None, may_retry, call_id)
+        };
+        Ok(Led { reply, shared: true, call_id })
+    }
+
+    /// Sends what is held, once, and settles it.
+    async fn make(&self, course: &mut Course, key: &Key, work: &Work, held: Held) -> Reply {
         let sent =
             self.timed(course, self.forwarder.send_held(&held, self.ledger.now(), course.deadline)).await;
-        let reply = self.settle(course, key, &work, held, sent).await;
-        Ok(Led { reply, shared: true, call_id })
+        self.settle(course, key, work, held, sent).await
+    }
+
+    /// A call that panicked is a doubt at once: left as it is, it would be in flight until the next start, and neither its
+    /// next try nor recovery nor an operator could end it. Whether it was not settled before.
+    async fn doubt_panicked(&self, course: &Course, sending: Sending) -> bool {
+        let doubted = self.ledger.doubt(sending, course.request_id.clone()).await;
+        match &doubted {
+            Ok(()) => {
+                tracing::error!(?sending, "a money call panicked; its money stays counted");
+                self.metrics.outcomes.get_or_create(&OutcomeLabels { outcome: "doubt" }).inc();
+            }
+            Err(error) => tracing::error!(%error, ?sending, "a money call panicked, settled or not"),
+        }
+        doubted.is_ok()
     }
 
     /// Answers with the object of a call that was executed and whose answer was never seen here.
