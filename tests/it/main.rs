@@ -46,6 +46,8 @@ mod limits;
 #[cfg(test)]
 mod outcomes;
 #[cfg(test)]
+mod own_faults;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod raw;

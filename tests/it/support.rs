@@ -132,7 +132,12 @@ pub(crate) async fn world_of(options: Options, settings: &[(&str, &str)]) -> (St
 impl Sidecar {
     /// Starts the program; does not wait.
     pub(crate) fn spawn(env: BTreeMap<String, String>) -> Self {
-        let mut child = program(&env).arg("serve").spawn().unwrap();
+        Self::spawn_by(program(&env).arg("serve"), env)
+    }
+
+    /// The same by a command of the test's own, which runs the program with this environment.
+    pub(crate) fn spawn_by(command: &mut Command, env: BTreeMap<String, String>) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, kept) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
