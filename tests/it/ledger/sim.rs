@@ -275,18 +275,19 @@ impl History {
         let request = flight.held.request();
         let key = request.idempotency_key.as_deref().unwrap();
         self.truth.ladders.begin(&flight.name, self.real);
+        let before = self.stripe.stored;
         let (answer, executed) = self.stripe.send(&mut self.dice, request, self.real);
         let ledger = self.nodes[n].world.ledger().id();
         let stored_at = self.stripe.stored_at(key, self.real);
         if answer.reading == Reading::KeyMismatch {
             let met = self.stripe.differs(request) || self.truth.ladders.was_forgotten(&flight.name);
             assert!(met, "{} did not meet its equal\n{}", flight.name, self.told());
-        } else if answer.reading == Reading::Invalid && stored_at.is_none() {
-            // What is turned away at the door has a next attempt here, and none elsewhere.
-            self.truth.ladders.diverge(&flight.name);
-        } else if stored_at == Some(self.real) && !answer.replayed {
+        } else if self.stripe.stored > before {
             let ran = executed.clone().map(|executed| Ran { executed, ledger });
             self.truth.ladders.stored(&flight.name, key, self.real, ran);
+        } else if answer.reading == Reading::Invalid && !answer.replayed {
+            // What is turned away at the door has a next attempt here, and none elsewhere.
+            self.truth.ladders.diverge(&flight.name);
         }
         if stored_at.is_some() && answer.reading != Reading::KeyMismatch {
             self.nodes[n].came_to(flight, self.truth.ladders.ran(&flight.name, key));

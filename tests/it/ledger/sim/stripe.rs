@@ -69,6 +69,8 @@ pub(super) struct Executed {
 #[derive(Default)]
 pub(super) struct Stripe {
     keys: HashMap<String, Said>,
+    /// How many answers it has stored.
+    pub(super) stored: u64,
     pub(super) objects: BTreeMap<String, Object>,
 }
 
@@ -96,6 +98,7 @@ impl Stripe {
             None => {}
         }
         let (answer, executed) = self.execute(dice, request);
+        self.stored += 1;
         self.keys.insert(key, Said { at, request: compared, answer: answer.clone() });
         (answer, executed)
     }
