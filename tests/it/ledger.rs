@@ -5,6 +5,7 @@ mod crash;
 mod format;
 mod redb;
 mod sim;
+mod states;
 mod suite;
 mod table;
 mod world;

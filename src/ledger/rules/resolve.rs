@@ -9,6 +9,11 @@
 //! | unknown | doubt | doubt |
 //!
 //! Nothing here releases money without a definite answer.
+//!
+//! # Every state and every event
+//!
+//! Hold and call as they become; `·`: cannot happen. Made by `tests/it/ledger/states.rs` from what happens.
+#![doc = include_str!("states.md")]
 
 use serde_json::{Map, Value};
 
