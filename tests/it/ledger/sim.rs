@@ -78,11 +78,12 @@ impl Truth {
         self.excess.iter().filter(|((of, _), _)| *of == key).map(|(_, minor)| minor).sum()
     }
 
-    /// Notes that a hold is settled with so much, and says whether that is more than it was.
+    /// Notes that a hold is settled with so much of its object, and says whether that is more than it was.
     fn settles(&mut self, hold: &Hold, object: &str, minor: u64) -> bool {
-        let is_over = minor > hold.minor;
+        let own = minor.saturating_sub(hold.moved_before);
+        let is_over = own > hold.minor;
         if is_over {
-            self.excess.insert((hold.key_id, object.to_owned()), minor - hold.minor);
+            self.excess.insert((hold.key_id, object.to_owned()), own - hold.minor);
         }
         is_over
     }
@@ -399,7 +400,9 @@ impl History {
         match (object, outcome) {
             (Some(object), Known::Executed { minor } | Known::Record(Outcome::Spent { minor })) => {
                 node.was_told(&name, &object);
-                if self.truth.settles(&hold, &object, minor) {
+                // An operator tells what of the object is this hold's.
+                let before = if by_operator { hold.moved_before } else { 0 };
+                if self.truth.settles(&hold, &object, minor + before) {
                     self.is_closed(n, hold.key_id);
                 }
             }
