@@ -354,10 +354,11 @@ impl History {
         let before = world.reads().hold_of_object("", &id).unwrap();
         world.ledger().observe(String::new(), id.clone(), Facts::default(), record).await.unwrap();
         let (Some(hold), Record::Moved { minor }) = (before, record) else { return };
-        if hold.state.is_live()
-            && !world.hold(hold.id).state.is_live()
-            && self.truth.settles(&hold, &id, minor)
-        {
+        if !hold.state.is_live() || world.hold(hold.id).state.is_live() {
+            return;
+        }
+        self.nodes[n].known.insert(id.clone());
+        if self.truth.settles(&hold, &id, minor) {
             self.is_closed(n, hold.key_id);
         }
     }
