@@ -37,7 +37,7 @@
 //! |---|---|---|
 //! | 0 words | [`money`] [`id`] [`time`] [`secret`] [`refusal`] | nothing of each other's business |
 //! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
-//! | 2 ledger | [`ledger`] | `rules` are pure; `redb` loads, asks them and stores; `writer` commits in batches |
+//! | 2 ledger | [`journal`] [`ledger`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores; `writer` commits in batches |
 //! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`telemetry`] | the outside world |
 //! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] | one request each; doubts |
 //! | 5 settings | [`config`] | the environment, read once and checked whole |
@@ -70,6 +70,7 @@ pub mod intent;
 pub mod audit;
 pub mod vendor;
 
+pub mod journal;
 pub mod ledger;
 
 pub mod random;

@@ -5,34 +5,26 @@ use std::collections::BTreeMap;
 use redb::{ReadableTable, TableError};
 use serde_json::{Map, Value};
 
-use crate::audit::{Broken, Sealed, Verifier};
+use crate::audit::{Broken, Verifier};
 use crate::call::{Call, CallState};
 use crate::hold::{Hold, HoldState, Lane, Subject};
 use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId};
 use crate::issuer::Issuer;
+use crate::journal::{AUDIT, AUDIT_LAST, call_of, sealed_of};
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
 use crate::ledger::redb::RedbStore;
-use crate::ledger::redb::upkeep::call_of;
 use crate::ledger::row::{
-    self, AUDIT, AUDIT_LAST, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, HOLDS,
-    ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_LIVE,
-    meta,
+    self, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, HOLDS, ISSUERS,
+    KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_LIVE, meta,
 };
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
 
+pub use crate::journal::{AuditFilter, Page};
+
 /// Rows that one page may look at before it is cut short and told to go on.
 const SCAN_ROWS_MAX: usize = 100_000;
-
-/// One page of a list.
-#[derive(Clone, Debug)]
-pub struct Page<T, C> {
-    /// What was found.
-    pub items: Vec<T>,
-    /// Where the next page begins, when there may be more.
-    pub next: Option<C>,
-}
 
 /// Which keys to list.
 #[derive(Clone, Debug, Default)]
@@ -58,25 +50,6 @@ pub struct CallFilter {
     pub object_id: Option<String>,
     /// The state.
     pub state: Option<CallState>,
-}
-
-/// Which records to list.
-#[derive(Clone, Debug, Default)]
-pub struct AuditFilter {
-    /// Top-level fields and the values that they must have.
-    pub equal: Vec<(&'static str, String)>,
-    /// Entries of `metadata` and `stripe_metadata`.
-    pub within: Vec<(&'static str, String, String)>,
-    /// Not before.
-    pub since: Option<UnixMs>,
-    /// Before.
-    pub until: Option<UnixMs>,
-    /// Every record instead of one row for each call.
-    pub all_events: bool,
-    /// Oldest first instead of newest first.
-    pub ascending: bool,
-    /// Only labels that start so.
-    pub label_prefix: Option<String>,
 }
 
 /// The state of a whole chain.
@@ -422,7 +395,7 @@ impl RedbStore {
                 }
             }
             let record = sealed.to_json();
-            if matches_record(filter, &record) {
+            if filter.matches(&record) {
                 items.push(record);
             }
         }
@@ -479,11 +452,6 @@ fn unindexed_last(
     Ok(last)
 }
 
-fn sealed_of(stored: &[u8]) -> Result<Sealed, LedgerError> {
-    let (hash, bytes) = crate::ledger::redb::tx::split_sealed(stored)?;
-    Ok(Sealed { bytes: bytes.to_vec(), hash })
-}
-
 fn page<T, C>(
     rows: &mut dyn Iterator<Item = Result<T, LedgerError>>,
     limit: usize,
@@ -516,17 +484,4 @@ fn matches_call(filter: &CallFilter, call: &Call) -> bool {
     key && same(&filter.customer, &call.customer)
         && same(&filter.object_id, &call.object_id)
         && filter.state.is_none_or(|state| call.state == state)
-}
-
-fn matches_record(filter: &AuditFilter, record: &Map<String, Value>) -> bool {
-    let text = |field: &str| record.get(field).and_then(Value::as_str);
-    let at = text("at").and_then(UnixMs::parse).unwrap_or_default();
-    let under_prefix = |prefix: &String| text("label").is_some_and(|label| label.starts_with(prefix));
-    filter.label_prefix.as_ref().is_none_or(under_prefix)
-        && filter.since.is_none_or(|since| at >= since)
-        && filter.until.is_none_or(|until| at < until)
-        && filter.equal.iter().all(|(field, wanted)| text(field) == Some(wanted))
-        && filter.within.iter().all(|(field, name, wanted)| {
-            record.get(*field).and_then(|object| object.get(name)).and_then(Value::as_str) == Some(wanted)
-        })
 }

@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::audit::{Entry, Event};
 use crate::id::{BootId, LedgerId};
+use crate::journal::JournalError;
 use crate::ledger::redb::tx::{Head, Judged, Tx};
 use crate::ledger::row::{self, BindingRow, FORMAT, meta};
 use crate::ledger::rules::{self, Verdict, resolve};
@@ -39,6 +40,15 @@ storage_errors!(
     redb::CommitError,
     redb::SetDurabilityError
 );
+
+impl From<JournalError> for LedgerError {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::Storage(why) => Self::Unavailable(why),
+            JournalError::Corrupt(what) => Self::Corrupt(what),
+        }
+    }
+}
 
 impl From<redb::DatabaseError> for LedgerError {
     fn from(error: redb::DatabaseError) -> Self {

@@ -14,9 +14,9 @@
 //! | `objects` | Stripe account (empty for one's own), object id | hold id |
 //! | `counters` | subject kind, subject id, day (0 for all), lane | [`crate::ledger::counter::Counter`] |
 //! | `due` | instant (ms), kind, id | nothing: when to look at it again |
-//! | `audit` | seq | SHA-256, then the hashed bytes |
-//! | `audit_last` | call id | seq of the call's last event; follows `audit` by a cursor |
 //! | `refusals` | key id, code and what it was about, minute | [`RefusalRow`]: equal refusals that are not recorded one by one |
+//!
+//! The audit log has tables of its own beside them, by `seq`: [`crate::journal`].
 //!
 //! Ids are big-endian, so tables are in the order of time. Every value that is not an id starts with a version byte;
 //! the rest is CBOR with numbered fields, to which later versions may add.
@@ -71,8 +71,6 @@ pub(crate) const HOLDS: TableDefinition<'_, (u8, Id), Bytes> = TableDefinition::
 pub(crate) const OBJECTS: TableDefinition<'_, (&str, &str), Id> = TableDefinition::new("objects");
 pub(crate) const COUNTERS: TableDefinition<'_, (u8, Id, u32, u8), Bytes> = TableDefinition::new("counters");
 pub(crate) const DUE: TableDefinition<'_, (u64, u8, Id), ()> = TableDefinition::new("due");
-pub(crate) const AUDIT: TableDefinition<'_, u64, Bytes> = TableDefinition::new("audit");
-pub(crate) const AUDIT_LAST: TableDefinition<'_, Id, u64> = TableDefinition::new("audit_last");
 pub(crate) const REFUSALS: TableDefinition<'_, (Id, &str, u64), Bytes> = TableDefinition::new("refusals");
 
 /// In `key_digests`: the id is a vault key's.

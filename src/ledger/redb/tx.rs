@@ -11,10 +11,11 @@ use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer}
 use crate::hold::{Facts, Hold, HoldState, Lane};
 use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId, hex};
 use crate::intent::Claim;
+use crate::journal::{self, AUDIT, split_sealed};
 use crate::key::Key;
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
 use crate::ledger::row::{
-    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
+    self, ANSWERS, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
     KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
@@ -554,9 +555,8 @@ impl<'t> Tx<'t> {
             prev_hash: self.head.hash,
         };
         let sealed = audit::seal(&place, entry);
-        let stored = [sealed.hash.as_slice(), &sealed.bytes].concat();
         self.wrote = true;
-        self.txn.open_table(AUDIT)?.insert(seq, stored.as_slice())?;
+        journal::append(self.txn, seq, &sealed)?;
         let at = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
         self.head = Head { seq, hash: sealed.hash, at };
         Ok(())
@@ -594,11 +594,6 @@ fn subject_of(facts: &Facts) -> [u8; 8] {
     }
     let digest: [u8; 32] = hash.finalize().into();
     digest.first_chunk().copied().unwrap_or_default()
-}
-
-/// A stored record: its hash and the bytes that were hashed.
-pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), LedgerError> {
-    stored.split_first_chunk::<32>().map(|(hash, bytes)| (*hash, bytes)).ok_or(LedgerError::Corrupt("record"))
 }
 
 /// When a stored record was written.

@@ -8,11 +8,12 @@ use redb::ReadableTable;
 
 use crate::audit::Entry;
 use crate::id::{CallId, HoldId, KeyId};
+use crate::journal::{AUDIT, AUDIT_LAST, call_of, split_sealed};
 use crate::ledger::LedgerError;
-use crate::ledger::redb::tx::{MINUTE_MS, Tx, split_sealed, time_of};
+use crate::ledger::redb::tx::{MINUTE_MS, Tx, time_of};
 use crate::ledger::row::{
-    self, AUDIT, AUDIT_LAST, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS,
-    KEY_KIND_VAULT, KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, meta,
+    self, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS, KEY_KIND_VAULT,
+    KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, Prune};
 use crate::time::{DAY_MS, UnixMs};
@@ -203,16 +204,4 @@ impl Tx<'_> {
         }
         Ok(())
     }
-}
-
-/// The call whose outcome a record tells; `None` for any other record.
-pub(crate) fn call_of(record: &[u8]) -> Result<Option<CallId>, LedgerError> {
-    #[derive(serde::Deserialize)]
-    struct Head<'a> {
-        event: crate::audit::Event,
-        #[serde(borrow)]
-        call_id: Option<&'a str>,
-    }
-    let head: Head<'_> = serde_json::from_slice(record).map_err(|_| LedgerError::Corrupt("record"))?;
-    Ok(head.call_id.filter(|_| head.event.is_of_a_call()).and_then(CallId::parse))
 }
