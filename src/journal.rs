@@ -6,19 +6,48 @@
 //! | table | key | value |
 //! |---|---|---|
 //! | `audit` | place | SHA-256, then the hashed bytes |
-//! | `audit_last` | call id | place of the call's last event; follows `audit` by a cursor |
+//! | `audit_last` | call id | place of the call's last event |
+//! | `audit_postings` | term, block of 4,096 places | which of them have the term |
+//! | `audit_zones` | level, number | the earliest and the latest time of each of 64 stretches of the log |
+//! | `audit_index` | name | number: up to which place the others follow `audit`, and by which rules they were made |
+//!
+//! Whoever writes a record writes `audit` alone; the rest is the index and follows in steps ([`index_step`]). What it does
+//! not cover yet is read record by record, so that every answer is whole. It can be thrown away and made again.
+//!
+//! Why sets of 4,096 places and not a row for each record and term: most terms are those of very many records (an
+//! endpoint, an outcome, a node), cost an eighth of a byte each so, and two of them are compared 4,096 places at a time.
+//! A rare term costs one row either way.
 
-use redb::{TableDefinition, WriteTransaction};
+mod bits;
+mod index;
+mod query;
+mod terms;
+mod zones;
+
+use redb::{ReadTransaction, ReadableTable, TableDefinition, TableError, WriteTransaction};
 use serde_json::{Map, Value};
 
 use crate::audit::Sealed;
 use crate::id::CallId;
 use crate::time::UnixMs;
 
+pub use index::{Indexed, drop_below, index_step};
+pub use query::query;
+
 type Bytes = &'static [u8];
 
+/// By which rules this build makes the index: raised whenever a record gets other terms.
+const INDEX_VERSION: u64 = 1;
+/// In `audit_index`: [`INDEX_VERSION`] of whoever made it.
+const VERSION: &str = "version";
+/// In `audit_index`: the last place that it covers.
+const INDEXED_TO: &str = "indexed_to";
+
 pub(crate) const AUDIT: TableDefinition<'_, u64, Bytes> = TableDefinition::new("audit");
-pub(crate) const AUDIT_LAST: TableDefinition<'_, &[u8; 16], u64> = TableDefinition::new("audit_last");
+const AUDIT_LAST: TableDefinition<'_, &[u8; 16], u64> = TableDefinition::new("audit_last");
+const POSTINGS: TableDefinition<'_, (u64, u64), Bytes> = TableDefinition::new("audit_postings");
+const ZONES: TableDefinition<'_, zones::Key, Bytes> = TableDefinition::new("audit_zones");
+const INDEX: TableDefinition<'_, &str, u64> = TableDefinition::new("audit_index");
 
 /// Why the log gave no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +69,14 @@ macro_rules! storage_errors {
         }
     )* };
 }
-storage_errors!(redb::TableError, redb::StorageError);
+storage_errors!(
+    TableError,
+    redb::StorageError,
+    redb::TransactionError,
+    redb::CommitError,
+    redb::SetDurabilityError,
+    redb::DatabaseError
+);
 
 /// One page of a list.
 #[derive(Clone, Debug)]
@@ -74,7 +110,7 @@ impl AuditFilter {
     /// Whether a record is one of those that are asked for, but for its being the last of its call.
     pub fn matches(&self, record: &Map<String, Value>) -> bool {
         let text = |field: &str| record.get(field).and_then(Value::as_str);
-        let at = text("at").and_then(UnixMs::parse).unwrap_or_default();
+        let at = time_of(record);
         let under_prefix = |prefix: &String| text("label").is_some_and(|label| label.starts_with(prefix));
         self.label_prefix.as_ref().is_none_or(under_prefix)
             && self.since.is_none_or(|since| at >= since)
@@ -97,6 +133,66 @@ pub fn append(txn: &WriteTransaction, place: u64, sealed: &Sealed) -> Result<(),
     Ok(())
 }
 
+/// The record at a place.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn get(txn: &ReadTransaction, place: u64) -> Result<Option<Sealed>, JournalError> {
+    let Some(audit) = open(txn, AUDIT)? else { return Ok(None) };
+    audit.get(place)?.map(|stored| sealed_of(stored.value())).transpose()
+}
+
+/// Records behind a place, oldest first: at most so many, and no more once they have so many bytes together, but one where
+/// there is one.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn read_from(
+    txn: &ReadTransaction,
+    after: u64,
+    rows_max: usize,
+    bytes_max: usize,
+) -> Result<Vec<(u64, Sealed)>, JournalError> {
+    let Some(audit) = open(txn, AUDIT)? else { return Ok(Vec::new()) };
+    let (mut records, mut bytes) = (Vec::new(), 0);
+    for found in audit.range(after.saturating_add(1)..)?.take(rows_max) {
+        let (place, stored) = found?;
+        let sealed = sealed_of(stored.value())?;
+        bytes += sealed.bytes.len();
+        if bytes > bytes_max && !records.is_empty() {
+            break;
+        }
+        records.push((place.value(), sealed));
+    }
+    Ok(records)
+}
+
+/// The place of the last record; 0 when there is none.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn last_place(txn: &ReadTransaction) -> Result<u64, JournalError> {
+    let Some(audit) = open(txn, AUDIT)? else { return Ok(0) };
+    Ok(audit.last()?.map_or(0, |(place, _)| place.value()))
+}
+
+/// A table that nobody has written yet is none.
+fn open<K: redb::Key + 'static, V: redb::Value + 'static>(
+    txn: &ReadTransaction,
+    table: TableDefinition<'_, K, V>,
+) -> Result<Option<redb::ReadOnlyTable<K, V>>, JournalError> {
+    match txn.open_table(table) {
+        Ok(table) => Ok(Some(table)),
+        Err(TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// When a record was written.
+fn time_of(record: &Map<String, Value>) -> UnixMs {
+    record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).unwrap_or_default()
+}
+
 /// A stored record: its hash and the bytes that were hashed.
 pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), JournalError> {
     stored
@@ -111,7 +207,7 @@ pub(crate) fn sealed_of(stored: &[u8]) -> Result<Sealed, JournalError> {
 }
 
 /// The call whose outcome a record tells; `None` for any other record.
-pub(crate) fn call_of(record: &[u8]) -> Result<Option<CallId>, JournalError> {
+fn call_of(record: &[u8]) -> Result<Option<CallId>, JournalError> {
     #[derive(serde::Deserialize)]
     struct Head<'a> {
         event: crate::audit::Event,
@@ -121,3 +217,6 @@ pub(crate) fn call_of(record: &[u8]) -> Result<Option<CallId>, JournalError> {
     let head: Head<'_> = serde_json::from_slice(record).map_err(|_| JournalError::Corrupt("record"))?;
     Ok(head.call_id.filter(|_| head.event.is_of_a_call()).and_then(CallId::parse))
 }
+
+#[cfg(test)]
+mod tests;

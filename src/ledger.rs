@@ -198,6 +198,15 @@ pub enum Ending {
     OfAnother,
 }
 
+/// What a tick left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ticked {
+    /// Nothing that is due.
+    Done,
+    /// More than one step may do: the next tick should come soon.
+    GoOn,
+}
+
 /// Who asks for a change by hand, and how it is recorded.
 #[derive(Clone, Debug)]
 pub struct Actor(pub String);
@@ -482,11 +491,11 @@ impl Ledger {
         self.ask(|reply| Command::Flush { reply }).await
     }
 
-    /// Lets the writer prune, count and index what is due.
+    /// Lets the writer prune, count and index what is due, as much as one step may.
     ///
     /// # Errors
     /// [`LedgerError`]: it is done at the next tick.
-    pub async fn tick(&self) -> Result<(), LedgerError> {
+    pub async fn tick(&self) -> Result<Ticked, LedgerError> {
         self.ask(|reply| Command::Tick { reply }).await
     }
 

@@ -22,7 +22,7 @@ use crate::config::{self, Config};
 use crate::forward::Forwarder;
 use crate::fx::{Book, Table};
 use crate::id::{BootId, LedgerId};
-use crate::ledger::{Ledger, LedgerError, Opening};
+use crate::ledger::{Ledger, LedgerError, Opening, Ticked};
 use crate::money::MicroUsd;
 use crate::ops::Ops;
 use crate::proxy::{Proxy, ProxyConfig};
@@ -38,6 +38,9 @@ use crate::upstream::{Upstream, UpstreamConfig};
 const FIRST_QUESTION_MS: u64 = 3_000;
 /// How often the ledger prunes, counts and indexes.
 const TICK_MS: u64 = 1_000;
+/// The pause before the next tick when one left something: enough for the calls that wait, and short enough for the index
+/// to follow several thousand records a second.
+const TICK_AGAIN_MS: u64 = 50;
 /// How often the file with the rates of other currencies is looked at: mounted files change without a signal.
 const FX_LOOK_MS: u64 = 30_000;
 /// How often the certificate's age is looked at.
@@ -217,13 +220,17 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
     let (ledger, stop_ticks) = (sidecar.ledger.clone(), stop.clone());
     let clock = Arc::clone(&sidecar.admin.clock);
     tokio::spawn(async move {
-        while !wait_or_stop(TICK_MS, &stop_ticks).await {
+        let mut pause_ms = TICK_MS;
+        while !wait_or_stop(pause_ms, &stop_ticks).await {
+            pause_ms = TICK_MS;
             // By a clock that jumped forward, what is still needed would be pruned.
             if clock.jumped().is_some() {
                 continue;
             }
-            if let Err(error) = ledger.tick().await {
-                tracing::debug!(%error, "a tick of the ledger failed");
+            match ledger.tick().await {
+                Ok(Ticked::Done) => {}
+                Ok(Ticked::GoOn) => pause_ms = TICK_AGAIN_MS,
+                Err(error) => tracing::debug!(%error, "a tick of the ledger failed"),
             }
         }
     });

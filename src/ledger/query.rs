@@ -10,7 +10,7 @@ use crate::call::{Call, CallState};
 use crate::hold::{Hold, HoldState, Lane, Subject};
 use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId};
 use crate::issuer::Issuer;
-use crate::journal::{AUDIT, AUDIT_LAST, call_of, sealed_of};
+use crate::journal::{self, AUDIT, sealed_of};
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
 use crate::ledger::redb::RedbStore;
@@ -359,47 +359,7 @@ impl RedbStore {
         after: Option<u64>,
         limit: usize,
     ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
-        let txn = self.read()?;
-        let none = Page { items: Vec::new(), next: None };
-        let table = open_or!(txn, AUDIT, none);
-        let tail = unindexed_last(&txn, &table)?;
-        let last = match txn.open_table(AUDIT_LAST) {
-            Ok(table) => Some(table),
-            Err(TableError::TableDoesNotExist(_)) => None,
-            Err(error) => return Err(error.into()),
-        };
-        let range = match (after, filter.ascending) {
-            (None, _) => table.range::<u64>(..)?,
-            (Some(after), true) => table.range(after.saturating_add(1)..)?,
-            (Some(after), false) => table.range(..after)?,
-        };
-        let mut rows: Box<dyn Iterator<Item = _>> =
-            if filter.ascending { Box::new(range) } else { Box::new(range.rev()) };
-        let mut items = Vec::new();
-        let (mut looked_at, mut at) = (0, None);
-        for found in rows.by_ref() {
-            let (seq, stored) = found?;
-            let seq = seq.value();
-            if items.len() == limit || looked_at == SCAN_ROWS_MAX {
-                return Ok(Page { items, next: at });
-            }
-            (looked_at, at) = (looked_at + 1, Some(seq));
-            let sealed = sealed_of(stored.value())?;
-            if !filter.all_events
-                && let Some(call) = call_of(&sealed.bytes)?
-            {
-                let indexed = last.as_ref().map(|last| last.get(call.as_bytes())).transpose()?.flatten();
-                let last_seq = tail.get(&call).copied().or(indexed.map(|last| last.value()));
-                if last_seq != Some(seq) {
-                    continue;
-                }
-            }
-            let record = sealed.to_json();
-            if filter.matches(&record) {
-                items.push(record);
-            }
-        }
-        Ok(Page { items, next: None })
+        Ok(journal::query(&self.read()?, filter, after, limit)?)
     }
 
     /// Follows the whole chain that is kept.
@@ -434,22 +394,6 @@ fn meta_of<T: for<'b> minicbor::Decode<'b, ()>>(
     let table = open_or!(txn, META, None);
     let found = table.get(name)?;
     found.map(|bytes| row::decode(bytes.value())).transpose()
-}
-
-/// The last event of each call in the part of the log that the index does not cover yet.
-fn unindexed_last(
-    txn: &redb::ReadTransaction,
-    audit: &impl ReadableTable<u64, row::Bytes>,
-) -> Result<std::collections::HashMap<CallId, u64>, LedgerError> {
-    let indexed: u64 = meta_of(txn, meta::INDEXED_TO)?.unwrap_or(0);
-    let mut last = std::collections::HashMap::new();
-    for found in audit.range(indexed.saturating_add(1)..)? {
-        let (seq, stored) = found?;
-        if let Some(call) = call_of(&sealed_of(stored.value())?.bytes)? {
-            last.insert(call, seq.value());
-        }
-    }
-    Ok(last)
 }
 
 fn page<T, C>(

@@ -337,6 +337,7 @@ fn refuse_command(command: Command, error: &LedgerError) {
         Command::LowerClock { reply, .. } => tell(reply, error),
         Command::EndDoubt { reply, .. } => tell(reply, error),
         Command::ForgetCall { reply, .. } => tell(reply, error),
+        Command::Tick { reply } => tell(reply, error),
         Command::Resolve { reply, .. }
         | Command::CreateIssuer { reply, .. }
         | Command::Observe { reply, .. }
@@ -345,8 +346,7 @@ fn refuse_command(command: Command, error: &LedgerError) {
         | Command::Record { reply, .. }
         | Command::IssueKey { reply, .. }
         | Command::KillSwitch { reply, .. }
-        | Command::Flush { reply }
-        | Command::Tick { reply } => tell(reply, error),
+        | Command::Flush { reply } => tell(reply, error),
     }
 }
 

@@ -50,8 +50,6 @@ pub mod meta {
     /// Attempts first sent up to here are not sent again: the clock was set back after them, so nobody knows how long
     /// ago that was.
     pub const RESEND_FLOOR: &str = "resend_floor";
-    /// How far `audit_last` follows `audit`.
-    pub const INDEXED_TO: &str = "indexed_to";
     /// [`super::AuditFloorRow`]: what was deleted at the beginning of the chain.
     pub const AUDIT_FLOOR: &str = "audit_floor";
 }

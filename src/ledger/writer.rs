@@ -17,7 +17,7 @@ use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
-use crate::ledger::{Actor, Admitted, Ending, LedgerError, Opening};
+use crate::ledger::{Actor, Admitted, Ending, LedgerError, Opening, Ticked};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
 
@@ -48,7 +48,7 @@ pub enum Command {
     Bind { account: String, key_digest: [u8; 32], reply: Reply<BindingRow> },
     LowerClock { reason: String, actor: Actor, reply: Reply<(UnixMs, UnixMs)> },
     Flush { reply: Reply<()> },
-    Tick { reply: Reply<()> },
+    Tick { reply: Reply<Ticked> },
 }
 
 /// Starts the writer. It ends when every handle to the ledger is gone.

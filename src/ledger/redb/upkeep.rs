@@ -1,5 +1,5 @@
-//! What is done on a tick, in bounded steps: counted refusals become records, rows whose time has come go, the index of
-//! calls follows the log, old records are deleted.
+//! What is done on a tick, in bounded steps: counted refusals become records, rows whose time has come go, the index
+//! follows the log, old records are deleted.
 
 use std::collections::HashSet;
 
@@ -8,26 +8,28 @@ use redb::ReadableTable;
 
 use crate::audit::Entry;
 use crate::id::{CallId, HoldId, KeyId};
-use crate::journal::{AUDIT, AUDIT_LAST, call_of, split_sealed};
-use crate::ledger::LedgerError;
+use crate::journal::{self, AUDIT, split_sealed};
 use crate::ledger::redb::tx::{MINUTE_MS, Tx, time_of};
 use crate::ledger::row::{
     self, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS, KEY_KIND_VAULT,
     KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, Prune};
+use crate::ledger::{LedgerError, Ticked};
 use crate::time::{DAY_MS, UnixMs};
 
 /// Rows that one step of one kind of upkeep touches at most, so that it never stalls a request for long.
 const STEP_ROWS_MAX: usize = 1_000;
+/// Records that one step takes into the index, or out of it: each is some twenty rows.
+const INDEX_ROWS_MAX: usize = 500;
 
 impl Tx<'_> {
-    pub(super) fn tick(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+    pub(super) fn tick(&mut self, now: UnixMs) -> Result<Ticked, LedgerError> {
         self.keep_mark(now)?;
         self.record_counted_refusals(now)?;
         self.look_at_due(now)?;
-        self.index_calls()?;
-        self.drop_old_records(now)
+        let (behind, old) = (self.index_log()?, self.drop_old_records(now)?);
+        Ok(if behind || old { Ticked::GoOn } else { Ticked::Done })
     }
 
     /// Time that passes without a record must not be lost when the clock is set back over a restart.
@@ -150,58 +152,34 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// `audit_last` follows the log, so that a money commit has one table less to touch.
-    fn index_calls(&mut self) -> Result<(), LedgerError> {
-        let from: u64 = self.meta(meta::INDEXED_TO)?.unwrap_or(0);
-        let mut last = Vec::new();
-        let mut to = from;
-        for found in self.txn().open_table(AUDIT)?.range(from.saturating_add(1)..)?.take(STEP_ROWS_MAX) {
-            let (seq, stored) = found?;
-            to = seq.value();
-            if let Some(call) = call_of(split_sealed(stored.value())?.1)? {
-                last.push((call, to));
-            }
+    /// The index follows the log, so that a money commit has one table to touch.
+    fn index_log(&mut self) -> Result<bool, LedgerError> {
+        let indexed = journal::index_step(self.txn(), INDEX_ROWS_MAX)?;
+        if indexed.rows > 0 {
+            self.wrote_rows();
         }
-        if to == from {
-            return Ok(());
-        }
-        self.put_meta(meta::INDEXED_TO, &to)?;
-        let mut table = self.txn().open_table(AUDIT_LAST)?;
-        for (call, seq) in last {
-            table.insert(call.as_bytes(), seq)?;
-        }
-        Ok(())
+        Ok(indexed.more)
     }
 
-    fn drop_old_records(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+    fn drop_old_records(&mut self, now: UnixMs) -> Result<bool, LedgerError> {
         let keep_ms = u64::from(self.opening().audit_days).saturating_mul(DAY_MS);
-        let indexed: u64 = self.meta(meta::INDEXED_TO)?.unwrap_or(0);
         let mut floor = None;
-        let mut old = Vec::new();
-        for found in self.txn().open_table(AUDIT)?.iter()?.take(STEP_ROWS_MAX) {
+        let mut rows = 0;
+        for found in self.txn().open_table(AUDIT)?.iter()?.take(INDEX_ROWS_MAX) {
             let (seq, stored) = found?;
             let (hash, bytes) = split_sealed(stored.value())?;
             let kept = now.millis_since(time_of(bytes)?) <= keep_ms;
             // The last record stays: the next one continues it.
-            if kept || seq.value() > indexed || seq.value() >= self.head().seq {
+            if kept || seq.value() >= self.head().seq {
                 break;
             }
             floor =
                 Some(AuditFloorRow { seq: seq.value().saturating_add(1), prev_hash: ByteArray::from(hash) });
-            old.push((seq.value(), call_of(bytes)?));
+            rows += 1;
         }
-        let Some(floor) = floor else { return Ok(()) };
+        let Some(floor) = floor else { return Ok(false) };
         self.put_meta(meta::AUDIT_FLOOR, &floor)?;
-        for (seq, call) in old {
-            self.txn().open_table(AUDIT)?.remove(seq)?;
-            if let Some(call) = call {
-                let mut last = self.txn().open_table(AUDIT_LAST)?;
-                let gone = last.get(call.as_bytes())?.is_some_and(|last| last.value() <= seq);
-                if gone {
-                    last.remove(call.as_bytes())?;
-                }
-            }
-        }
-        Ok(())
+        journal::drop_below(self.txn(), floor.seq, rows)?;
+        Ok(rows == INDEX_ROWS_MAX)
     }
 }

@@ -10,7 +10,7 @@ use keybrake::hold::Lane;
 use keybrake::intent::Seen;
 use keybrake::key::{Idempotency, Key};
 use keybrake::ledger::Admitted;
-use keybrake::ledger::query::{CallFilter, KeyFilter};
+use keybrake::ledger::query::{AuditFilter, CallFilter, KeyFilter};
 use keybrake::money::{Currency, Money};
 use keybrake::time::HOUR_MS;
 
@@ -104,6 +104,12 @@ async fn a_file_of_format_1_opens_and_means_what_it_meant() {
         return;
     }
     let (world, key, _dir) = opened("format-1.redb");
+    // It has no index of its log, or an older one.
+    let in_doubt = AuditFilter { equal: vec![("outcome", "doubt".to_owned())], ..AuditFilter::default() };
+    let not_indexed = (world.log(), world.audit(&in_doubt));
+    world.ledger().tick().await.unwrap();
+    assert_eq!((world.log(), world.audit(&in_doubt)), not_indexed);
+    assert_eq!(not_indexed.1.len(), 2);
     let total = world.total(key.id, Lane::In);
     assert_eq!((total.spent, total.held, total.doubt), (usd("1.00"), usd("2.00"), usd("8.00")));
     let states = |name: &str| {

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use keybrake::audit::{Entry, Event};
 use keybrake::call::Outcome;
 use keybrake::hold::Lane;
-use keybrake::ledger::{Admitted, Ledger, LedgerError};
+use keybrake::ledger::query::AuditFilter;
+use keybrake::ledger::{Admitted, Ledger, LedgerError, Ticked};
 use keybrake::time::DAY_MS;
 use redb::{Database, TableDefinition};
 
@@ -190,4 +192,30 @@ async fn who_sends_a_doubt_again_does_not_shorten_its_memory() {
     }
     let again = world.admit(long, &ask).await.unwrap();
     assert!(matches!(again, Admitted::Replay { .. }), "{again:?}");
+}
+
+/// A step is bounded, so that no call waits for long; whoever ticks is told that there is more.
+#[tokio::test]
+async fn a_tick_does_not_do_everything_at_once() {
+    let mut world = World::new(in_memory());
+    world.restart_with(|opening| opening.audit_days = 10).unwrap();
+    for n in 0..600 {
+        let customer = Some(format!("cus_{n}"));
+        world.record(Entry { event: Event::Forwarded, customer, ..Entry::default() }).await;
+    }
+    let found = |world: &World, n: u32| {
+        let equal = vec![("customer", format!("cus_{n}"))];
+        world.audit(&AuditFilter { equal, ..AuditFilter::default() }).len()
+    };
+    for left in [Ticked::GoOn, Ticked::Done] {
+        assert_eq!(world.ledger().tick().await.unwrap(), left, "of 601 records to index");
+        assert_eq!([found(&world, 0), found(&world, 599), found(&world, 600)], [1, 1, 0]);
+    }
+    world.pass(11 * DAY_MS);
+    for (left, kept) in [(Ticked::GoOn, 101), (Ticked::Done, 1)] {
+        assert_eq!(world.ledger().tick().await.unwrap(), left, "of 600 records to drop");
+        assert_eq!(world.log().len(), kept);
+        assert_eq!([found(&world, 0), found(&world, 599)], [0, 1]);
+    }
+    world.check();
 }

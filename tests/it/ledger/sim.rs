@@ -126,7 +126,9 @@ impl History {
             79..81 => self.end_a_doubt(n).await,
             81..85 => self.restart(n),
             85..91 => self.pass(),
-            91 => self.nodes[n].world.ledger().tick().await.unwrap(),
+            91 => {
+                self.nodes[n].world.ledger().tick().await.unwrap();
+            }
             92..95 => self.elsewhere(n).await,
             95 => self.throw_the_switch(n).await,
             96 => self.revoke(n).await,

@@ -98,7 +98,9 @@ impl Run {
                 return key.map_or("gone", |key| key.status(world.ledger().now()).as_str()).to_owned();
             }
             ["pass", time] => world.pass(millis(time)),
-            ["tick"] => world.ledger().tick().await.unwrap(),
+            ["tick"] => {
+                world.ledger().tick().await.unwrap();
+            }
             ["restart"] => {
                 self.held.clear();
                 world.restart();

@@ -1,0 +1,169 @@
+//! The index follows the log in bounded steps, by a cursor that is kept beside it, and forgets what the log drops.
+
+use std::collections::BTreeMap;
+
+use redb::{ReadableTable, Table, WriteTransaction};
+use serde_json::{Map, Value};
+
+use crate::journal::bits::{Bits, block_of};
+use crate::journal::terms::{self, Term};
+use crate::journal::{
+    AUDIT, AUDIT_LAST, Bytes, INDEX, INDEX_VERSION, INDEXED_TO, JournalError, POSTINGS, VERSION, ZONES,
+    call_of, split_sealed, time_of, zones,
+};
+
+/// What one step of the index came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Indexed {
+    /// Records that it took in.
+    pub rows: usize,
+    /// Whether there may be more.
+    pub more: bool,
+}
+
+/// One change of the index: a term, and a place under it.
+type Posting = (Term, u64);
+
+/// Lets the index follow the log by at most so many records.
+///
+/// All postings of a step are written in their order, and those of one block to one list are one row: what all records
+/// share costs a row for each step, not for each record.
+///
+/// # Errors
+/// [`JournalError`]: the cursor has not moved.
+pub fn index_step(txn: &WriteTransaction, rows_max: usize) -> Result<Indexed, JournalError> {
+    let from = start_of(txn)?;
+    let (mut to, mut rows) = (from, 0);
+    let (mut postings, mut times, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+    for found in txn.open_table(AUDIT)?.range(from.saturating_add(1)..)?.take(rows_max) {
+        let (place, stored) = found?;
+        (to, rows) = (place.value(), rows + 1);
+        let record = Record::read(stored.value())?;
+        postings.extend(record.terms.iter().map(|term| (*term, to)));
+        times.push((to, record.at));
+        calls.extend(record.call.map(|call| (call, to)));
+    }
+    let indexed = Indexed { rows, more: rows == rows_max };
+    if rows == 0 {
+        return Ok(indexed);
+    }
+    postings.extend(superseded(txn, &calls)?.into_iter().map(|place| (Term::SUPERSEDED, place)));
+    change(&mut txn.open_table(POSTINGS)?, postings, Bits::join)?;
+    zones::note(&mut txn.open_table(ZONES)?, times.into_iter())?;
+    txn.open_table(INDEX)?.insert(INDEXED_TO, to)?;
+    Ok(indexed)
+}
+
+/// Deletes at most so many of the records below a place, with everything that the index knows of them. Answers how many
+/// there were.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn drop_below(txn: &WriteTransaction, place: u64, rows_max: usize) -> Result<usize, JournalError> {
+    let (mut postings, mut calls, mut places) = (Vec::new(), Vec::new(), Vec::new());
+    for found in txn.open_table(AUDIT)?.range(..place)?.take(rows_max) {
+        let (place, stored) = found?;
+        let (place, record) = (place.value(), Record::read(stored.value())?);
+        postings.extend(record.terms.iter().chain([&Term::SUPERSEDED]).map(|term| (*term, place)));
+        calls.extend(record.call.map(|call| (call, place)));
+        places.push(place);
+    }
+    let Some(last) = places.last() else { return Ok(0) };
+    change(&mut txn.open_table(POSTINGS)?, postings, Bits::remove)?;
+    zones::forget_below(&mut txn.open_table(ZONES)?, last.saturating_add(1))?;
+    let mut lasts = txn.open_table(AUDIT_LAST)?;
+    for (call, place) in calls {
+        let gone = lasts.get(&call)?.is_some_and(|last| last.value() <= place);
+        if gone {
+            lasts.remove(&call)?;
+        }
+    }
+    let mut audit = txn.open_table(AUDIT)?;
+    for place in &places {
+        audit.remove(place)?;
+    }
+    Ok(places.len())
+}
+
+/// What the index knows of one record.
+struct Record {
+    terms: Vec<Term>,
+    at: u64,
+    call: Option<[u8; 16]>,
+}
+
+impl Record {
+    fn read(stored: &[u8]) -> Result<Self, JournalError> {
+        let (_, bytes) = split_sealed(stored)?;
+        let record: Map<String, Value> =
+            serde_json::from_slice(bytes).map_err(|_| JournalError::Corrupt("record"))?;
+        Ok(Self {
+            terms: terms::of_record(&record),
+            at: time_of(&record).millis(),
+            call: call_of(bytes)?.map(|call| *call.as_bytes()),
+        })
+    }
+}
+
+/// Where the index stands. One that another build made by other rules is thrown away and made anew.
+fn start_of(txn: &WriteTransaction) -> Result<u64, JournalError> {
+    let mut state = txn.open_table(INDEX)?;
+    let version = state.get(VERSION)?.map(|version| version.value());
+    if version != Some(INDEX_VERSION) {
+        txn.delete_table(POSTINGS)?;
+        txn.delete_table(ZONES)?;
+        state.remove(INDEXED_TO)?;
+        state.insert(VERSION, INDEX_VERSION)?;
+    }
+    let to = state.get(INDEXED_TO)?;
+    Ok(to.map_or(0, |to| to.value()))
+}
+
+/// Brings `audit_last` up to the calls of a step, and answers which records are not the last of their calls any more.
+///
+/// When the index is made anew, `audit_last` may be ahead of it, and the records of the step are those that are not the
+/// last.
+fn superseded(txn: &WriteTransaction, calls: &[([u8; 16], u64)]) -> Result<Vec<u64>, JournalError> {
+    let mut table = txn.open_table(AUDIT_LAST)?;
+    let (mut lasts, mut superseded) = (BTreeMap::new(), Vec::new());
+    for (call, place) in calls {
+        let known = match lasts.get(call) {
+            Some(known) => Some(*known),
+            None => table.get(call)?.map(|known| known.value()),
+        };
+        superseded.extend(known.filter(|known| known != place).map(|known| known.min(*place)));
+        lasts.insert(*call, known.map_or(*place, |known| known.max(*place)));
+    }
+    for (call, place) in lasts {
+        table.insert(&call, place)?;
+    }
+    Ok(superseded)
+}
+
+/// Changes the rows of postings by the sets that they make up.
+fn change(
+    table: &mut Table<'_, (u64, u64), Bytes>,
+    mut postings: Vec<Posting>,
+    by: impl Fn(&mut Bits, &Bits),
+) -> Result<(), JournalError> {
+    postings.sort_unstable();
+    for row in postings.chunk_by(|(a, of), (b, next)| a == b && block_of(*of) == block_of(*next)) {
+        let Some((term, place)) = row.first() else { continue };
+        let mut changed = Bits::NONE;
+        for (_, place) in row {
+            changed.add(*place);
+        }
+        let key = (term.0, block_of(*place));
+        let known = table.get(key)?.map(|stored| Bits::decode(stored.value())).transpose()?;
+        let mut bits = known.clone().unwrap_or(Bits::NONE);
+        by(&mut bits, &changed);
+        if bits.is_empty() {
+            if known.is_some() {
+                table.remove(key)?;
+            }
+        } else if known.as_ref() != Some(&bits) {
+            table.insert(key, bits.encode().as_slice())?;
+        }
+    }
+    Ok(())
+}
