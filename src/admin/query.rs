@@ -26,6 +26,8 @@ const RECORD_FIELDS: &[&str] = &[
     "call_id",
     "event",
     "code",
+    "node",
+    "chain_id",
 ];
 /// Filters of `/audit` that compare an entry of a map.
 const RECORD_MAPS: &[&str] = &["metadata", "stripe_metadata"];
