@@ -47,8 +47,16 @@ pub fn index_step(txn: &WriteTransaction, rows_max: usize) -> Result<Indexed, Jo
     if rows == 0 {
         return Ok(indexed);
     }
-    postings.extend(superseded(txn, &calls)?.into_iter().map(|place| (Term::SUPERSEDED, place)));
-    change(&mut txn.open_table(POSTINGS)?, postings, Bits::join)?;
+    let mut calls_last = txn.open_table(AUDIT_LAST)?;
+    let (last, superseded) = last_events(&calls_last, &calls)?;
+    postings.extend(superseded.into_iter().map(|place| (Term::SUPERSEDED, place)));
+    let mut table = txn.open_table(POSTINGS)?;
+    // Everything is read before the first row is written: a step that fails can be made again.
+    let rows = changed(&table, postings, Bits::join)?;
+    write(&mut table, rows)?;
+    for (call, place) in last {
+        calls_last.insert(&call, place)?;
+    }
     zones::note(&mut txn.open_table(ZONES)?, times.into_iter())?;
     txn.open_table(INDEX)?.insert(INDEXED_TO, to)?;
     Ok(indexed)
@@ -69,8 +77,11 @@ pub fn drop_below(txn: &WriteTransaction, place: u64, rows_max: usize) -> Result
         places.push(place);
     }
     let Some(last) = places.last() else { return Ok(0) };
-    change(&mut txn.open_table(POSTINGS)?, postings, Bits::remove)?;
+    // Everything is read before the first row goes: a record must not stay without its postings.
+    let mut table = txn.open_table(POSTINGS)?;
+    let rows = changed(&table, postings, Bits::remove)?;
     zones::forget_below(&mut txn.open_table(ZONES)?, last.saturating_add(1))?;
+    write(&mut table, rows)?;
     let mut lasts = txn.open_table(AUDIT_LAST)?;
     for (call, place) in calls {
         let gone = lasts.get(&call)?.is_some_and(|last| last.value() <= place);
@@ -89,7 +100,7 @@ pub fn drop_below(txn: &WriteTransaction, place: u64, rows_max: usize) -> Result
 struct Record {
     terms: Vec<Term>,
     at: u64,
-    call: Option<[u8; 16]>,
+    call: Option<Call>,
 }
 
 impl Record {
@@ -119,12 +130,17 @@ fn start_of(txn: &WriteTransaction) -> Result<u64, JournalError> {
     Ok(to.map_or(0, |to| to.value()))
 }
 
-/// Brings `audit_last` up to the calls of a step, and answers which records are not the last of their calls any more.
+/// A call's id.
+type Call = [u8; 16];
+
+/// The last events of the calls of a step, and the records that are not the last of their calls any more.
 ///
 /// When the index is made anew, `audit_last` may be ahead of it, and the records of the step are those that are not the
 /// last.
-fn superseded(txn: &WriteTransaction, calls: &[([u8; 16], u64)]) -> Result<Vec<u64>, JournalError> {
-    let mut table = txn.open_table(AUDIT_LAST)?;
+fn last_events(
+    table: &impl ReadableTable<&'static Call, u64>,
+    calls: &[(Call, u64)],
+) -> Result<(BTreeMap<Call, u64>, Vec<u64>), JournalError> {
     let (mut lasts, mut superseded) = (BTreeMap::new(), Vec::new());
     for (call, place) in calls {
         let known = match lasts.get(call) {
@@ -134,34 +150,43 @@ fn superseded(txn: &WriteTransaction, calls: &[([u8; 16], u64)]) -> Result<Vec<u
         superseded.extend(known.filter(|known| known != place).map(|known| known.min(*place)));
         lasts.insert(*call, known.map_or(*place, |known| known.max(*place)));
     }
-    for (call, place) in lasts {
-        table.insert(&call, place)?;
-    }
-    Ok(superseded)
+    Ok((lasts, superseded))
 }
 
-/// Changes the rows of postings by the sets that they make up.
-fn change(
-    table: &mut Table<'_, (u64, u64), Bytes>,
+/// Rows of postings as they are to be; empty ones go.
+type Rows = Vec<((u64, u64), Bits)>;
+
+/// The rows of postings that are changed, by the sets that make up the change.
+fn changed(
+    table: &impl ReadableTable<(u64, u64), Bytes>,
     mut postings: Vec<Posting>,
     by: impl Fn(&mut Bits, &Bits),
-) -> Result<(), JournalError> {
+) -> Result<Rows, JournalError> {
+    let mut rows = Vec::new();
     postings.sort_unstable();
     for row in postings.chunk_by(|(a, of), (b, next)| a == b && block_of(*of) == block_of(*next)) {
         let Some((term, place)) = row.first() else { continue };
-        let mut changed = Bits::NONE;
+        let mut change = Bits::NONE;
         for (_, place) in row {
-            changed.add(*place);
+            change.add(*place);
         }
         let key = (term.0, block_of(*place));
         let known = table.get(key)?.map(|stored| Bits::decode(stored.value())).transpose()?;
-        let mut bits = known.clone().unwrap_or(Bits::NONE);
-        by(&mut bits, &changed);
+        let known = known.unwrap_or(Bits::NONE);
+        let mut bits = known.clone();
+        by(&mut bits, &change);
+        if bits != known {
+            rows.push((key, bits));
+        }
+    }
+    Ok(rows)
+}
+
+fn write(table: &mut Table<'_, (u64, u64), Bytes>, rows: Rows) -> Result<(), JournalError> {
+    for (key, bits) in rows {
         if bits.is_empty() {
-            if known.is_some() {
-                table.remove(key)?;
-            }
-        } else if known.as_ref() != Some(&bits) {
+            table.remove(key)?;
+        } else {
             table.insert(key, bits.encode().as_slice())?;
         }
     }

@@ -98,24 +98,24 @@ pub(super) fn note(
     Ok(())
 }
 
-/// Forgets the zones that lie wholly below a place.
+/// Forgets the zones that lie wholly below a place; all of them, or none where one cannot be read.
 pub(super) fn forget_below(table: &mut Table<'_, Key, Bytes>, place: u64) -> Result<(), JournalError> {
+    let mut touched = Vec::new();
     for level in 0..LEVELS {
         let kept = place >> (LEVEL_BITS * (u32::from(level) + 1));
-        let mut touched = Vec::new();
         for found in table.range((level, 0)..=(level, kept >> LEVEL_BITS))? {
             let (key, stored) = found?;
             let (_, number) = key.value();
             let mut row = Row::decode(stored.value())?;
             row.0.retain(|child, _| number << LEVEL_BITS | u64::from(*child) >= kept);
-            touched.push((number, row));
+            touched.push((key.value(), row));
         }
-        for (number, row) in touched {
-            if row.0.is_empty() {
-                table.remove((level, number))?;
-            } else {
-                table.insert((level, number), row.encode().as_slice())?;
-            }
+    }
+    for (key, row) in touched {
+        if row.0.is_empty() {
+            table.remove(key)?;
+        } else {
+            table.insert(key, row.encode().as_slice())?;
         }
     }
     Ok(())

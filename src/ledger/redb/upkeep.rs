@@ -178,8 +178,9 @@ impl Tx<'_> {
             rows += 1;
         }
         let Some(floor) = floor else { return Ok(false) };
-        self.put_meta(meta::AUDIT_FLOOR, &floor)?;
+        // First what can fail without having written: the floor belongs to what was dropped.
         journal::drop_below(self.txn(), floor.seq, rows)?;
+        self.put_meta(meta::AUDIT_FLOOR, &floor)?;
         Ok(rows == INDEX_ROWS_MAX)
     }
 }
