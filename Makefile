@@ -5,7 +5,7 @@ PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long fuzz lint
+.PHONY: help demo run test test-sdks test-long fuzz bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_
 
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
 	@sh tests/fuzz/run.sh
+
+bench: ## queries of the audit log over 1,000 records and over a million (KEYBRAKE_BENCH_RECORDS), and their ratio
+	cargo bench --locked --bench audit
 
 lint: ## formatting, clippy and rustdoc, warnings as errors
 	cargo fmt --check
