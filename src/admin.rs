@@ -7,6 +7,7 @@ pub mod fields;
 pub mod mint;
 pub mod operator;
 pub mod query;
+pub mod records;
 pub mod show;
 
 use std::collections::BTreeMap;
@@ -18,14 +19,14 @@ use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::account::AccountState;
 use crate::admin::fields::Fields;
 use crate::admin::mint::Birth;
 use crate::admin::query::Asked;
 use crate::clock::ClockWatch;
-use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, RequestId};
+use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, LedgerId, RequestId};
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::rules::issuer_revoked;
@@ -35,6 +36,7 @@ use crate::proxy::reply::Reply;
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::secret::{KeyKind, KeySecret, Secret};
+use crate::ship::Fleet;
 use crate::telemetry::{EndLabels, Metrics};
 
 /// The largest body of an admin request, in bytes.
@@ -53,6 +55,8 @@ pub struct Admin {
     pub admin_keys: RwLock<Vec<Secret>>,
     /// The default of `remember_days`.
     pub remember_days: u32,
+    /// The collector, for what is asked of all nodes.
+    pub fleet: Option<Fleet>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -76,8 +80,8 @@ impl IntoResponse for Refused {
     }
 }
 
-type Answer = Result<Response, Refused>;
-type Shared = State<Arc<Admin>>;
+pub(crate) type Answer = Result<Response, Refused>;
+pub(crate) type Shared = State<Arc<Admin>>;
 
 /// Who may ask for records, and of which label.
 enum Reader {
@@ -100,6 +104,7 @@ impl Admin {
             | LedgerError::Locked
             | LedgerError::NewerFormat { .. }
             | LedgerError::BoundElsewhere { .. }
+            | LedgerError::Lost
             | LedgerError::Contradiction(_) => {
                 tracing::error!(%error, "the ledger gave no answer");
                 Refusal::ledger_unavailable()
@@ -182,14 +187,15 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/admin/budgets/{owner}/{name}/resume", post(resume_budget))
         .route("/admin/kill_switch", post(set_kill_switch).get(show_kill_switch))
         .route("/admin/clock", post(lower_clock))
+        .route("/admin/ledger/accept_loss", post(accept_loss))
         .route("/admin/holds", get(list_holds))
         .route("/admin/holds/{id}", get(show_hold))
         .route("/admin/holds/{id}/resolve", post(resolve_hold))
         .route("/admin/calls", get(list_calls))
         .route("/admin/calls/{id}", get(show_call))
         .route("/admin/calls/{id}/forget", post(forget_call))
-        .route("/audit", get(list_records))
-        .route("/audit/verify", get(verify))
+        .route("/audit", get(records::list_records))
+        .route("/audit/verify", get(records::verify))
         .route("/keybrake/key", get(own_key))
         .route("/keybrake/errors", get(errors_page))
         .fallback(unknown_path)
@@ -247,7 +253,7 @@ async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Ans
         key = issuer.filled_in(key);
         admin.checked(issuer.may_mint(&key))?;
     }
-    let mut answer = serde_json::Map::new();
+    let mut answer = Map::new();
     answer.insert("id".to_owned(), Value::from(key.id.to_string()));
     answer.insert("vault_key".to_owned(), Value::from(secret.expose()));
     answer.extend(mint::policy(&key, now));
@@ -319,7 +325,7 @@ async fn create_issuer(State(admin): Shared, headers: HeaderMap, body: Bytes) ->
     let secret = KeySecret::new(KeyKind::Issuer, admin.account.mode(), random::bytes());
     let id = IssuerId::new(now, random::bytes());
     let issuer = admin.checked(mint::issuer_of(&body, id, secret.digest(), now))?;
-    let mut answer = serde_json::Map::new();
+    let mut answer = Map::new();
     answer.insert("id".to_owned(), Value::from(id.to_string()));
     answer.insert("issuer_key".to_owned(), Value::from(secret.expose()));
     answer.extend(show::issuer(&issuer, now));
@@ -516,6 +522,21 @@ async fn forget_call(
     }
 }
 
+async fn accept_loss(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
+    let actor = admin.admin(&headers)?;
+    let mut fields = admin.checked(Fields::parse(&body))?;
+    let reason = admin.checked(fields.reason())?;
+    admin.checked(fields.finish())?;
+    let fresh = LedgerId::new(admin.ledger.now(), random::bytes());
+    if admin.ok(admin.ledger.accept_loss(fresh, reason, actor).await)? {
+        return Ok(json_answer(StatusCode::OK, &json!({ "accepted": true, "chain_id": fresh.to_string() })));
+    }
+    Err(admin.refuse(Refusal::new(
+        Code::Conflict,
+        "Nothing is known to be lost: the collector holds no record of this ledger that it does not have itself.",
+    )))
+}
+
 async fn list_calls(
     State(admin): Shared,
     headers: HeaderMap,
@@ -539,61 +560,6 @@ async fn show_call(State(admin): Shared, headers: HeaderMap, Path(id): Path<Stri
 }
 
 // --- audit
-
-async fn list_records(
-    State(admin): Shared,
-    headers: HeaderMap,
-    Query(query): Query<Vec<(String, String)>>,
-) -> Answer {
-    let reader = admin.reader(&headers)?;
-    let mut asked = admin.checked(Asked::read(query))?;
-    let mut filter = admin.checked(asked.records())?;
-    let (after, limit) = admin.checked(asked.page(|text| text.parse().ok()))?;
-    admin.checked(asked.finish())?;
-    match reader {
-        Reader::Admin => {}
-        Reader::Issuer(issuer) => filter.label_prefix = Some(issuer.label_prefix),
-        Reader::VaultKey(key) => filter.equal.push(("label", key.label)),
-    }
-    // What was answered before this question is in the answer to it.
-    admin.ok(admin.ledger.flush().await)?;
-    let page = admin.ok(admin.ledger.redb().audit(&filter, after, limit))?;
-    let wants_lines = headers
-        .get(header::ACCEPT)
-        .and_then(|accept| accept.to_str().ok())
-        .is_some_and(|accept| accept.contains("application/x-ndjson"));
-    let data: Vec<Value> = page.items.into_iter().map(Value::Object).collect();
-    let next = page.next.map(|seq| seq.to_string());
-    if !wants_lines {
-        return Ok(list(&data, next.as_deref()));
-    }
-    let lines = data.iter().fold(String::new(), |lines, record| lines + &record.to_string() + "\n");
-    let mut response = ([(header::CONTENT_TYPE, "application/x-ndjson")], lines).into_response();
-    if let Some(next) = next.and_then(|next| next.parse().ok()) {
-        response.headers_mut().insert("keybrake-next-cursor", next);
-    }
-    Ok(response)
-}
-
-async fn verify(State(admin): Shared, headers: HeaderMap) -> Answer {
-    admin.admin(&headers)?;
-    admin.ok(admin.ledger.flush().await)?;
-    let ledger = admin.ledger.clone();
-    // The whole log is read: not on a thread that serves requests.
-    let state = tokio::task::spawn_blocking(move || ledger.redb().verify_chain()).await;
-    let state = state.unwrap_or_else(|_| Err(LedgerError::Unavailable("the check was cut off".to_owned())));
-    let state = admin.ok(state)?;
-    let mut answer = json!({
-        "whole": state.broken.is_none(),
-        "records": state.records,
-        "head": crate::id::hex(&state.head),
-    });
-    if let Some(broken) = &state.broken {
-        answer["first_bad"] = Value::from(broken.seq());
-        answer["why"] = Value::from(broken.to_string());
-    }
-    Ok(json_answer(StatusCode::OK, &answer))
-}
 
 fn list(data: &[Value], next: Option<&str>) -> Response {
     json_answer(StatusCode::OK, &json!({ "data": data, "has_more": next.is_some(), "next_cursor": next }))

@@ -318,6 +318,29 @@ impl Sealed {
     }
 }
 
+/// What a line says between the hashed bytes and the hash.
+const LINE_HASH: &str = ",\"hash\":\"";
+/// What ends a line.
+const LINE_END: &str = "\"}";
+
+impl Sealed {
+    /// The record as one line of JSON that holds the very bytes that were hashed: they, with `hash` as one more field at
+    /// their end. So records travel.
+    pub fn to_line(&self) -> Vec<u8> {
+        let open = self.bytes.strip_suffix(b"}").unwrap_or(&self.bytes);
+        [open, LINE_HASH.as_bytes(), hex(&self.hash).as_bytes(), LINE_END.as_bytes()].concat()
+    }
+
+    /// Takes such a line apart; `None` when it is none. Whether the hash is that of the bytes is not asked.
+    pub fn from_line(line: &[u8]) -> Option<Self> {
+        let rest = line.strip_suffix(LINE_END.as_bytes())?;
+        let (open, hash) = rest.split_at_checked(rest.len().checked_sub(64)?)?;
+        let open = open.strip_suffix(LINE_HASH.as_bytes())?;
+        let hash = from_hex(std::str::from_utf8(hash).ok()?)?.try_into().ok()?;
+        Some(Self { bytes: [open, b"}"].concat(), hash })
+    }
+}
+
 /// Why a chain is broken at a record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {
@@ -359,28 +382,30 @@ impl Broken {
     }
 }
 
-/// Follows a chain record by record.
+/// Follows a chain record by record, and over to the next one of the same ledger, which names it.
 #[derive(Clone, Debug)]
 pub struct Verifier {
     next_seq: u64,
     head: [u8; 32],
+    chain_id: Option<String>,
+    followed: u64,
 }
 
 impl Default for Verifier {
     fn default() -> Self {
-        Self { next_seq: 1, head: FIRST_PREV_HASH }
+        Self::from_record(1, FIRST_PREV_HASH)
     }
 }
 
 impl Verifier {
     /// A verifier that begins in the middle of a chain, trusting the first record's `prev_hash`.
     pub fn from_record(seq: u64, prev_hash: [u8; 32]) -> Self {
-        Self { next_seq: seq, head: prev_hash }
+        Self { next_seq: seq, head: prev_hash, chain_id: None, followed: 0 }
     }
 
     /// How many records were followed.
     pub fn records(&self) -> u64 {
-        self.next_seq.saturating_sub(1)
+        self.followed
     }
 
     /// The hash of the last record.
@@ -393,9 +418,12 @@ impl Verifier {
     /// # Errors
     /// [`Broken`] names the first record that does not hold.
     pub fn follow(&mut self, sealed: &Sealed) -> Result<(), Broken> {
-        let seq = self.next_seq;
         let record: Map<String, Value> =
-            serde_json::from_slice(&sealed.bytes).map_err(|_| Broken::Unreadable { seq })?;
+            serde_json::from_slice(&sealed.bytes).map_err(|_| Broken::Unreadable { seq: self.next_seq })?;
+        if self.is_next_chain(&record) {
+            (self.next_seq, self.head) = (1, FIRST_PREV_HASH);
+        }
+        let seq = self.next_seq;
         if record.get("seq").and_then(Value::as_u64) != Some(seq) {
             return Err(Broken::OutOfPlace { seq });
         }
@@ -408,7 +436,21 @@ impl Verifier {
         }
         self.head = hash;
         self.next_seq = seq.saturating_add(1);
+        self.chain_id = record.get("chain_id").and_then(Value::as_str).map(str::to_owned);
+        self.followed = self.followed.saturating_add(1);
         Ok(())
+    }
+
+    /// Whether a record starts a chain and says that it comes after exactly what was followed so far.
+    fn is_next_chain(&self, record: &Map<String, Value>) -> bool {
+        let before = record.get("detail").and_then(|detail| detail.get("before"));
+        let text = |name: &str| before?.get(name)?.as_str();
+        self.next_seq > 1
+            && self.chain_id.is_some()
+            && record.get("seq").and_then(Value::as_u64) == Some(1)
+            && record.get("event").and_then(Value::as_str) == Some("chain_started")
+            && text("chain_id") == self.chain_id.as_deref()
+            && before.and_then(|before| before.get("seq")?.as_u64()) == self.next_seq.checked_sub(1)
     }
 
     /// Follows one exported record: a JSON object with every field and `hash`.

@@ -21,7 +21,10 @@ use crate::cli::grants::{Issuers, Keys, issuers, keys};
 use crate::cli::log::{Audit, audit};
 use crate::cli::operator::Resolve;
 use crate::cli::output::{complain, fields, line, table};
-use crate::config::{CLIENT_VARIABLES, ClientConfig, ClientFlags, Config, LogFormat, VARIABLES, Variable};
+use crate::config::{
+    CLIENT_VARIABLES, COLLECT_VARIABLES, ClientConfig, ClientFlags, CollectConfig, Config, LogFormat,
+    VARIABLES, Variable,
+};
 use crate::serve::{self, Stopped};
 
 /// Exit code for bad usage or configuration.
@@ -41,6 +44,8 @@ struct Cli {
 enum Command {
     /// Run the sidecar: TLS proxy in front of Stripe, admin API, audit API
     Serve,
+    /// Run the central collector, to which sidecars ship their audit records
+    Collect,
     /// Vault keys: what a task may call, how much it may spend, for how long
     Keys {
         #[command(subcommand)]
@@ -76,8 +81,8 @@ enum Command {
         #[command(flatten)]
         target: Target,
     },
-    /// Check configuration, certificate, disk, ledger and Stripe, and say what to mend
-    Doctor(Json),
+    /// Check configuration, certificate, disk, ledger, collector and Stripe, and say what to mend
+    Doctor(Doctor),
     /// Exit 0 when the sidecar is ready: for container health checks and exec probes
     Health(Json),
 }
@@ -100,6 +105,19 @@ struct Json {
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
+}
+
+#[derive(Args, Debug)]
+struct Doctor {
+    /// Go on with a ledger that was restored from an old copy, although its collector holds later records: what these say
+    /// of charges, caps and keys is not known here any more. It is recorded with the reason, in a new chain
+    #[arg(long, requires = "reason")]
+    accept_ledger_loss: bool,
+    /// Why, for the audit log
+    #[arg(long, requires = "accept_ledger_loss")]
+    reason: Option<String>,
+    #[command(flatten)]
+    target: Target,
 }
 
 #[derive(Debug, Subcommand)]
@@ -189,9 +207,11 @@ fn variables_help() -> String {
         rows.join("\n")
     };
     format!(
-        "Environment of `serve` and `doctor`:\n{}\n\nEnvironment of the other commands:\n{}\n\n\
+        "Environment of `serve` and `doctor`:\n{}\n\nEnvironment of `collect`, which reads KEYBRAKE_TLS…, \
+         KEYBRAKE_CA_OUT, KEYBRAKE_DRAIN_MS and KEYBRAKE_LOG… too:\n{}\n\nEnvironment of the other commands:\n{}\n\n\
          Exit codes: 0 done, 1 failed, 64 bad usage or configuration.",
         show(VARIABLES),
+        show(COLLECT_VARIABLES),
         show(CLIENT_VARIABLES)
     )
 }
@@ -199,7 +219,9 @@ fn variables_help() -> String {
 async fn run(command: Command) -> ExitCode {
     let result = match command {
         Command::Serve => return Box::pin(run_serve()).await,
-        Command::Doctor(json) => return doctor::run(json.json).await,
+        Command::Collect => return Box::pin(run_collect()).await,
+        Command::Doctor(Doctor { reason: Some(reason), target, .. }) => accept_loss(&reason, &target).await,
+        Command::Doctor(Doctor { target, .. }) => return doctor::run(target.json.json).await,
         Command::Health(json) => return health(json).await,
         Command::Keys { command, target } => keys(command, &target).await,
         Command::Issuers { command, target } => issuers(command, &target).await,
@@ -230,7 +252,7 @@ async fn run_serve() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    start_log(&config);
+    start_log(&config.log, config.log_format);
     let (hung_up, hangup) = tokio::sync::mpsc::channel(1);
     let shutdown = match signals(hung_up) {
         Ok(shutdown) => shutdown,
@@ -246,7 +268,38 @@ async fn run_serve() -> ExitCode {
             None
         }
     };
-    match Box::pin(serve::run(config, shutdown, reload, hangup)).await {
+    ended(Box::pin(serve::run(config, shutdown, reload, hangup)).await)
+}
+
+async fn run_collect() -> ExitCode {
+    let config = match CollectConfig::from_env() {
+        Ok(config) => config,
+        Err(errors) => {
+            complain(&format!("keybrake: the configuration has errors\n{errors}"));
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    start_log(&config.log, config.log_format);
+    let (hung_up, hangup) = tokio::sync::mpsc::channel(1);
+    let shutdown = match signals(hung_up) {
+        Ok(shutdown) => shutdown,
+        Err(error) => {
+            complain(&format!("keybrake: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let reload = || match CollectConfig::from_env() {
+        Ok(config) => Some(config),
+        Err(errors) => {
+            tracing::error!(%errors, "the configuration has errors; the old one stays");
+            None
+        }
+    };
+    ended(Box::pin(serve::collector::run(config, shutdown, reload, hangup)).await)
+}
+
+fn ended(result: Result<(), Stopped>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Stopped::Misconfigured(why)) => {
             complain(&format!("keybrake: {why}"));
@@ -278,11 +331,11 @@ fn signals(hung_up: tokio::sync::mpsc::Sender<()>) -> std::io::Result<impl Futur
     })
 }
 
-fn start_log(config: &Config) {
-    let filter = tracing_subscriber::EnvFilter::new(log_filter(&config.log));
+fn start_log(wanted: &str, format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::new(log_filter(wanted));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second subscriber cannot be set; the first one stays.
-    let _ = match config.log_format {
+    let _ = match format {
         LogFormat::Json => builder.json().try_init(),
         LogFormat::Pretty => builder.try_init(),
     };
@@ -301,6 +354,12 @@ fn log_filter(wanted: &str) -> String {
         }
     });
     std::iter::once("warn".to_owned()).chain(own).collect::<Vec<_>>().join(",")
+}
+
+async fn accept_loss(reason: &str, target: &Target) -> Result<ExitCode> {
+    let body = json!({ "reason": reason });
+    show_object(&client(target)?.post("/admin/ledger/accept_loss", &body).await?, target.json);
+    Ok(ExitCode::SUCCESS)
 }
 
 fn client(target: &Target) -> Result<Client> {

@@ -13,6 +13,7 @@
 //! then read anew. No other module reads the environment.
 
 mod check;
+mod collect;
 mod given;
 
 use std::ffi::OsString;
@@ -23,7 +24,10 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+pub use self::collect::{COLLECT_VARIABLES, CollectConfig, CollectorConfig, read_tokens};
+
 use self::check::{Check, RawTls, or_default};
+use self::collect::RawCollector;
 use self::given::{Given, Reader};
 use crate::fx::Table;
 use crate::secret::{Mode, Secret};
@@ -78,14 +82,14 @@ pub const VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_TLS_NAMES", "localhost,127.0.0.1,::1", "names of the certificate, with TLS=auto"),
     setting("KEYBRAKE_CA_OUT", "", "the CA certificate goes to this file too, mode 0644, with TLS=auto"),
     setting("KEYBRAKE_NODE", "", "label of this sidecar in audit records and metrics; unset: host name"),
-    setting("KEYBRAKE_COLLECTOR_URL", "", "not built yet, refused: where audit batches go"),
-    secret("KEYBRAKE_COLLECTOR_TOKEN", "not built yet, refused: bearer of the collector"),
+    setting("KEYBRAKE_COLLECTOR_URL", "", "where audit records are shipped to; unset: they stay here"),
+    secret("KEYBRAKE_COLLECTOR_TOKEN", "bearer of the collector: this node's line in its file"),
+    setting("KEYBRAKE_COLLECTOR_CA_FILE", "", "PEM file of one more trust anchor towards the collector"),
     setting(
-        "KEYBRAKE_COLLECTOR_CA_FILE",
-        "",
-        "not built yet, refused: PEM file of one more trust anchor towards the collector",
+        "KEYBRAKE_COLLECTOR_FORMAT",
+        "keybrake",
+        "keybrake = a collector of this program; ndjson = any log store",
     ),
-    setting("KEYBRAKE_COLLECTOR_FORMAT", "", "not built yet, refused: keybrake, or ndjson for any log store"),
     setting("KEYBRAKE_FX_FILE", "", "JSON file with the USD rates of other currencies; unset: USD only"),
     setting("KEYBRAKE_REMEMBER_DAYS", "40", "default of a key's remember_days, 2 to 400"),
     setting("KEYBRAKE_AUDIT_DAYS", "400", "days for which audit records are kept, 1 to 3650"),
@@ -102,6 +106,10 @@ pub const CLIENT_VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_URL", "https://localhost:8443", "the sidecar that client commands talk to"),
     setting("KEYBRAKE_CA", "", "PEM file of the CA that vouches for it"),
     secret("KEYBRAKE_ISSUER_KEY", "ik_…, in place of the admin key"),
+    secret(
+        "KEYBRAKE_COLLECT_QUERY_KEY",
+        "the collector's, in place of the admin key, when --url is a collector",
+    ),
 ];
 
 /// One setting that cannot be used.
@@ -159,6 +167,8 @@ pub struct Config {
     pub stripe_ca_file: Option<PathBuf>,
     /// Certificates of the proxy; `None` = plain HTTP, on loopback only.
     pub tls: Option<TlsSource>,
+    /// Where audit records are shipped to.
+    pub collector: Option<CollectorConfig>,
     /// What other currencies count.
     pub fx: Table,
     /// Where that is read from; `None` = USD only.
@@ -240,11 +250,14 @@ impl Config {
             drain: check.millis("KEYBRAKE_DRAIN_MS", raw.drain_ms, 0),
             body_bytes_max: check.number("KEYBRAKE_MAX_BODY_BYTES", raw.max_body_bytes, 1024, 16 << 20),
             log: check.log_filter(raw.log),
-            log_format: check.choice(
-                "KEYBRAKE_LOG_FORMAT",
-                raw.log_format,
-                &[("json", LogFormat::Json), ("pretty", LogFormat::Pretty)],
-            ),
+            log_format: check.log_format(raw.log_format),
+            collector: check.collector(RawCollector {
+                url: raw.collector_url,
+                token: raw.collector_token,
+                token_file: raw.collector_token_file,
+                ca_file: raw.collector_ca_file,
+                format: raw.collector_format,
+            }),
             listen,
             ops_listen,
             data_dir,
@@ -260,13 +273,15 @@ pub enum ClientKey {
     Admin(Secret),
     /// May mint, list and revoke its own keys and read its audit.
     Issuer(Secret),
+    /// May ask a collector.
+    Query(Secret),
 }
 
 impl ClientKey {
     /// The secret itself, whichever it is.
     pub const fn secret(&self) -> &Secret {
         match self {
-            Self::Admin(secret) | Self::Issuer(secret) => secret,
+            Self::Admin(secret) | Self::Issuer(secret) | Self::Query(secret) => secret,
         }
     }
 }
@@ -327,22 +342,22 @@ impl ClientConfig {
         };
         let admin = check.secret("KEYBRAKE_ADMIN_KEY", raw.admin_key, raw.admin_key_file);
         let issuer = check.secret("KEYBRAKE_ISSUER_KEY", raw.issuer_key, raw.issuer_key_file);
-        let key = match (admin, issuer) {
-            (Some(_), Some(_)) => {
-                check.refuse(
-                    "KEYBRAKE_ISSUER_KEY",
-                    "an admin key is set too: unset one, so that it is clear who asks",
-                );
-                None
-            }
-            // While rotating there are two, and the first is as good as the second.
-            (Some(text), None) => {
-                let first = text.split(',').next().unwrap_or_default().trim();
-                Some(ClientKey::Admin(Secret::new(first)))
-            }
-            (None, Some(text)) => Some(ClientKey::Issuer(Secret::new(text))),
-            (None, None) => None,
-        };
+        let query =
+            check.secret("KEYBRAKE_COLLECT_QUERY_KEY", raw.collect_query_key, raw.collect_query_key_file);
+        // While rotating there are two, and the first is as good as the second.
+        let first = |text: String| Secret::new(text.split(',').next().unwrap_or_default().trim());
+        let given = [
+            ("KEYBRAKE_ADMIN_KEY", admin.map(first).map(ClientKey::Admin)),
+            ("KEYBRAKE_ISSUER_KEY", issuer.map(Secret::new).map(ClientKey::Issuer)),
+            ("KEYBRAKE_COLLECT_QUERY_KEY", query.map(Secret::new).map(ClientKey::Query)),
+        ];
+        let mut keys = given.into_iter().filter_map(|(name, key)| Some((name, key?)));
+        let key = keys.next();
+        for (name, _) in keys {
+            let other = key.as_ref().map_or("", |(name, _)| name);
+            check.refuse(name, format!("{other} is set too: unset one, so that it is clear who asks"));
+        }
+        let key = key.map(|(_, key)| key);
         check.done(Self { url, ca, key })
     }
 }
@@ -387,15 +402,9 @@ struct Raw {
 impl Raw {
     /// Settings of later steps are known, and never ignored.
     fn refuse_unbuilt(&self, check: &mut Check) {
-        for (name, given) in [
-            ("KEYBRAKE_LEDGER_URL", &self.ledger_url),
-            ("KEYBRAKE_LEDGER_URL_FILE", &self.ledger_url_file),
-            ("KEYBRAKE_COLLECTOR_URL", &self.collector_url),
-            ("KEYBRAKE_COLLECTOR_TOKEN", &self.collector_token),
-            ("KEYBRAKE_COLLECTOR_TOKEN_FILE", &self.collector_token_file),
-            ("KEYBRAKE_COLLECTOR_CA_FILE", &self.collector_ca_file),
-            ("KEYBRAKE_COLLECTOR_FORMAT", &self.collector_format),
-        ] {
+        for (name, given) in
+            [("KEYBRAKE_LEDGER_URL", &self.ledger_url), ("KEYBRAKE_LEDGER_URL_FILE", &self.ledger_url_file)]
+        {
             if given.is_some() {
                 check.refuse(name, "is not built yet: unset it");
             }
@@ -412,6 +421,8 @@ struct RawClient {
     admin_key_file: Option<String>,
     issuer_key: Option<String>,
     issuer_key_file: Option<String>,
+    collect_query_key: Option<String>,
+    collect_query_key_file: Option<String>,
 }
 
 /// Where the sidecar beside this process answers probes: the first address of `OPS_LISTEN`. Needs no other setting, so
@@ -570,6 +581,7 @@ mod tests {
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("sk_live_ ")),
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("")),
             ("KEYBRAKE_LEDGER_URL", marked("postgres://a:b@c/")),
+            ("KEYBRAKE_COLLECTOR_URL", "https://collector:8444".to_owned()),
             ("KEYBRAKE_COLLECTOR_TOKEN", marked("")),
             // In the wrong place.
             ("KEYBRAKE_LISTEN", marked("sk_live_")),

@@ -193,6 +193,51 @@ fn time_of(record: &Map<String, Value>) -> UnixMs {
     record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).unwrap_or_default()
 }
 
+/// The last place, as a transaction that writes sees it; 0 when empty.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn last_place_in(txn: &WriteTransaction) -> Result<u64, JournalError> {
+    Ok(txn.open_table(AUDIT)?.last()?.map_or(0, |(place, _)| place.value()))
+}
+
+/// Puts a record behind the last one, and says where.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn append_next(txn: &WriteTransaction, sealed: &Sealed) -> Result<u64, JournalError> {
+    let place = last_place_in(txn)?.saturating_add(1);
+    append(txn, place, sealed)?;
+    Ok(place)
+}
+
+/// One record, as a transaction that writes sees it.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn get_in(txn: &WriteTransaction, place: u64) -> Result<Option<Sealed>, JournalError> {
+    let table = txn.open_table(AUDIT)?;
+    let found = table.get(place)?;
+    found.map(|stored| sealed_of(stored.value())).transpose()
+}
+
+/// The first records below a place, as a transaction that writes sees them.
+///
+/// # Errors
+/// [`JournalError`].
+pub fn first_in(
+    txn: &WriteTransaction,
+    below: u64,
+    rows_max: usize,
+) -> Result<Vec<(u64, Sealed)>, JournalError> {
+    let table = txn.open_table(AUDIT)?;
+    let rows = table.range(..below)?.take(rows_max).map(|found| {
+        let (place, stored) = found?;
+        Ok((place.value(), sealed_of(stored.value())?))
+    });
+    rows.collect()
+}
+
 /// A stored record: its hash and the bytes that were hashed.
 pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), JournalError> {
     stored

@@ -76,6 +76,11 @@ pub enum LedgerError {
     /// The thing named does not exist.
     #[error("there is no such thing")]
     NotFound,
+    /// It was restored from an old copy, as a collector's records show, and no operator has accepted that yet.
+    #[error(
+        "the ledger was restored from an old copy: its collector holds later records. `keybrake doctor --accept-ledger-loss` takes it as it is"
+    )]
+    Lost,
     /// The counters contradict the holds.
     #[error("the ledger contradicts itself: {0}")]
     Contradiction(&'static str),
@@ -242,6 +247,8 @@ pub struct Opening {
     pub fresh_salt: [u8; 32],
     /// How long audit records are kept, in days.
     pub audit_days: u32,
+    /// Whether they are shipped: what was not acknowledged is kept for longer.
+    pub ships: bool,
 }
 
 impl Ledger {
@@ -306,6 +313,9 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`]: nothing is held, and nothing may be sent.
     pub async fn admit(&self, key_id: KeyId, admit: Admit) -> Result<Admitted, LedgerError> {
+        if self.redb().loss()?.is_some() {
+            return Err(LedgerError::Lost);
+        }
         self.ask(|reply| Command::Admit { key_id, admit: Box::new(admit), reply }).await
     }
 
@@ -481,6 +491,37 @@ impl Ledger {
     /// [`LedgerError`]: the mark stays.
     pub async fn lower_clock(&self, reason: String, actor: Actor) -> Result<(UnixMs, UnixMs), LedgerError> {
         self.ask(|reply| Command::LowerClock { reason, actor, reply }).await
+    }
+
+    /// Notes up to which place of the log a collector has it, so that this may be deleted in its time.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it is kept for longer.
+    pub async fn shipped(&self, to: u64) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Shipped { to, reply }).await
+    }
+
+    /// Notes that a collector holds records of this ledger that it does not have itself, up to this one: it was restored
+    /// from an old copy. Money calls are refused from now on, over restarts.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: nothing is noted.
+    pub async fn note_loss(&self, collector_seq: u64) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::NoteLoss { collector_seq, reply }).await
+    }
+
+    /// An operator accepts that loss: money calls are let through again, and a new chain begins. Answers whether there was
+    /// one.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: money calls stay refused.
+    pub async fn accept_loss(
+        &self,
+        fresh: LedgerId,
+        reason: String,
+        actor: Actor,
+    ) -> Result<bool, LedgerError> {
+        self.ask(|reply| Command::AcceptLoss { fresh, reason, actor, reply }).await
     }
 
     /// Returns when everything that was sent before is durable.

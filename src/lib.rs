@@ -74,6 +74,7 @@ pub mod journal;
 pub mod ledger;
 
 pub mod random;
+pub mod disk;
 pub mod upstream;
 pub mod tls;
 pub mod server;
@@ -86,6 +87,8 @@ pub mod proxy;
 pub mod admin;
 pub mod ops;
 pub mod recover;
+pub mod collect;
+pub mod ship;
 
 pub mod config;
 

@@ -11,8 +11,9 @@ use serde_json::json;
 
 use crate::account::AccountState;
 use crate::clock::ClockWatch;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, LedgerError};
 use crate::server::{ReplyBody, whole};
+use crate::ship::Progress;
 
 /// What the listener looks at.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub struct Ops {
     pub account: Arc<AccountState>,
     /// The clock's watch.
     pub clock: Arc<ClockWatch>,
+    /// How far the log is shipped; `None` where there is no collector.
+    pub shipping: Option<Arc<Progress>>,
     /// What is counted.
     pub registry: Registry,
 }
@@ -41,6 +44,9 @@ impl Ops {
         if let Some(why) = self.ledger.failure() {
             reasons.push(format!("the ledger failed: {why}"));
         }
+        if let Ok(Some(_)) = self.ledger.redb().loss() {
+            reasons.push(LedgerError::Lost.to_string());
+        }
         if let Some(ahead) = self.clock.jumped() {
             reasons.push(format!(
                 "the clock jumped {} s forward; set it right, then POST /admin/clock",
@@ -58,7 +64,10 @@ impl Ops {
                 let reasons = self.not_ready();
                 let ready = reasons.is_empty();
                 let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-                text(status, "application/json", json!({ "ready": ready, "reasons": reasons }).to_string())
+                let warnings = self.shipping.as_ref().map(|shipping| shipping.warnings(&self.ledger));
+                let body =
+                    json!({ "ready": ready, "reasons": reasons, "warnings": warnings.unwrap_or_default() });
+                text(status, "application/json", body.to_string())
             }
             "/metrics" => self.metrics(),
             _ => text(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
@@ -70,10 +79,22 @@ impl Ops {
         if encode(&mut out, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", "cannot be written\n".to_owned());
         }
-        let holds = self.holds();
+        let holds = self.holds() + &self.backlog();
         // The registry's text ends the exposition; these lines belong before that.
         let out = out.replace("# EOF\n", &format!("{holds}# EOF\n"));
         text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", out)
+    }
+
+    fn backlog(&self) -> String {
+        let Some(shipping) = &self.shipping else { return String::new() };
+        let (waiting, since) = shipping.backlog(&self.ledger);
+        let oldest = since.map_or(0, |since| self.ledger.now().millis_since(since)) / 1_000;
+        format!(
+            "# HELP keybrake_audit_backlog Audit records that wait for the collector\n\
+             # TYPE keybrake_audit_backlog gauge\nkeybrake_audit_backlog {waiting}\n\
+             # HELP keybrake_audit_backlog_seconds Age of the oldest of them\n\
+             # TYPE keybrake_audit_backlog_seconds gauge\nkeybrake_audit_backlog_seconds {oldest}\n"
+        )
     }
 
     fn holds(&self) -> String {

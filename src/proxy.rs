@@ -115,7 +115,16 @@ impl From<LedgerError> for No {
     fn from(error: LedgerError) -> Self {
         tracing::error!(%error, "the ledger gave no answer");
         // It cannot record this either.
-        Self::Recorded(Refusal::ledger_unavailable())
+        Self::Recorded(match error {
+            LedgerError::Lost => Refusal::new(Code::LedgerUnavailable, error.to_string()),
+            LedgerError::Unavailable(_)
+            | LedgerError::Corrupt(_)
+            | LedgerError::Locked
+            | LedgerError::NewerFormat { .. }
+            | LedgerError::BoundElsewhere { .. }
+            | LedgerError::NotFound
+            | LedgerError::Contradiction(_) => Refusal::ledger_unavailable(),
+        })
     }
 }
 

@@ -1,5 +1,7 @@
 //! The sidecar put together: opens the ledger, settles the account, listens, and stops in order.
 
+pub mod collector;
+
 use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -18,7 +20,8 @@ use tower::ServiceExt as _;
 use crate::account::{self, AccountState, Unsettled};
 use crate::admin::{self, Admin};
 use crate::clock::ClockWatch;
-use crate::config::{self, Config};
+use crate::config::{self, CollectorConfig, Config};
+use crate::disk;
 use crate::forward::Forwarder;
 use crate::fx::{Book, Table};
 use crate::id::{BootId, LedgerId};
@@ -29,12 +32,13 @@ use crate::proxy::{Proxy, ProxyConfig};
 use crate::random;
 use crate::recover::Recovery;
 use crate::server::{self, Limits, Listeners, ReplyBody};
+use crate::ship::{self, Fleet, Format, Progress, Shipper};
 use crate::telemetry::Metrics;
 use crate::time::{Clock, UnixMs};
 use crate::tls::{self, ServerTls};
 use crate::upstream::{Upstream, UpstreamConfig};
 
-/// How long the start waits for Stripe to name the account before it listens without.
+/// How long the start waits for Stripe to name the account, and for the collector, before it listens without.
 const FIRST_QUESTION_MS: u64 = 3_000;
 /// How often the ledger prunes, counts and indexes.
 const TICK_MS: u64 = 1_000;
@@ -73,6 +77,7 @@ impl From<LedgerError> for Stopped {
             | LedgerError::Corrupt(_)
             | LedgerError::Locked
             | LedgerError::NotFound
+            | LedgerError::Lost
             | LedgerError::Contradiction(_) => Self::Failed(error.into()),
         }
     }
@@ -118,6 +123,7 @@ pub async fn run(
     spawn_upkeep(&sidecar, &stop);
     spawn_fx_look(&sidecar, &config, &stop);
     spawn_recovery(&sidecar, &stop);
+    let shipping = spawn_shipping(&sidecar, &config, &stop).await?;
     spawn_reload(&sidecar, reload, hangup, &stop);
     let elsewhere = spawn_settling(&sidecar, configured, settled);
     let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
@@ -139,6 +145,10 @@ pub async fn run(
         let _ = told.send(error);
     };
     serve(&config, &sidecar, listeners, ops_listeners, asked_to_stop, &stop).await;
+    if let Some(shipping) = shipping {
+        // It ends by itself soon after the stop.
+        let _ = shipping.await;
+    }
     match told_elsewhere.await {
         Ok(Some(error)) => Err(error.into()),
         Ok(None) | Err(_) => Ok(()),
@@ -150,18 +160,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
     let clock = Clock::System;
     let now = clock.now();
-    let ledger = Ledger::open(
-        &config.data_dir.join("keybrake.redb"),
-        Opening {
-            node: config.node.clone(),
-            mode: config.stripe_mode,
-            clock: clock.clone(),
-            boot: BootId::new(now, random::bytes()),
-            fresh_id: LedgerId::new(now, random::bytes()),
-            fresh_salt: random::bytes(),
-            audit_days: u32::from(config.audit_days),
-        },
-    )?;
+    let ledger = open_ledger(config, &clock, now)?;
     let tls = match &config.tls {
         Some(source) => {
             let tls = ServerTls::new(source.clone(), wall_clock()).context("TLS cannot be set up")?;
@@ -199,10 +198,57 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         clock: Arc::clone(&watch),
         admin_keys: RwLock::new(config.admin_keys.clone()),
         remember_days: u32::from(config.remember_days),
+        fleet: fleet_of(config)?,
         metrics: metrics.clone(),
     });
-    let ops = Arc::new(Ops { ledger: ledger.clone(), account: Arc::clone(&account), clock: watch, registry });
+    let shipping = config.collector.as_ref().map(|_| Arc::new(Progress::default()));
+    let ops = Arc::new(Ops {
+        ledger: ledger.clone(),
+        account: Arc::clone(&account),
+        clock: watch,
+        shipping,
+        registry,
+    });
     Ok(Sidecar { ledger, forwarder, account, fx, proxy, admin, ops, metrics, tls })
+}
+
+fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, LedgerError> {
+    if config.collector.is_none()
+        && let Some(kind) = disk::kind_of(&config.data_dir).filter(|kind| disk::is_fleeting(kind))
+    {
+        tracing::warn!(
+            kind,
+            "DATA_DIR goes with this container and there is no collector: keys, caps, the memory of charges and the \
+             audit log are lost with it; mount a volume"
+        );
+    }
+    Ledger::open(
+        &config.data_dir.join("keybrake.redb"),
+        Opening {
+            node: config.node.clone(),
+            mode: config.stripe_mode,
+            clock: clock.clone(),
+            boot: BootId::new(now, random::bytes()),
+            fresh_id: LedgerId::new(now, random::bytes()),
+            fresh_salt: random::bytes(),
+            audit_days: u32::from(config.audit_days),
+            ships: config.collector.is_some(),
+        },
+    )
+}
+
+/// The way to ask a collector for all nodes.
+fn fleet_of(config: &Config) -> Result<Option<Fleet>, Stopped> {
+    let Some(collector) = config.collector.as_ref().filter(|one| one.target.format == Format::Keybrake)
+    else {
+        return Ok(None);
+    };
+    Ok(Some(Fleet { target: collector.target.clone(), http: way_to(collector)? }))
+}
+
+fn way_to(collector: &CollectorConfig) -> Result<reqwest::Client, Stopped> {
+    let tls = tls::client_config(collector.ca_file.as_deref()).context("COLLECTOR_CA_FILE cannot be used")?;
+    Ok(ship::client(tls).context("the way to the collector cannot be made")?)
 }
 
 #[expect(clippy::disallowed_methods, reason = "certificates are dated by the machine's clock")]
@@ -265,6 +311,31 @@ fn spawn_recovery(sidecar: &Sidecar, stop: &CancellationToken) {
         metrics: sidecar.metrics.clone(),
     };
     tokio::spawn(recovery.run(stop.clone()));
+}
+
+/// Ships audit records to the collector, until the process stops. Waits until it was asked once: that the ledger is an old
+/// copy has to be known before the first call.
+async fn spawn_shipping(
+    sidecar: &Sidecar,
+    config: &Config,
+    stop: &CancellationToken,
+) -> Result<Option<tokio::task::JoinHandle<()>>, Stopped> {
+    let (Some(collector), Some(progress)) = (&config.collector, &sidecar.ops.shipping) else {
+        return Ok(None);
+    };
+    let shipper = Shipper {
+        ledger: sidecar.ledger.clone(),
+        target: collector.target.clone(),
+        http: way_to(collector)?,
+        progress: Arc::clone(progress),
+        metrics: sidecar.metrics.clone(),
+    };
+    let (asked, was_asked) = tokio::sync::oneshot::channel();
+    let shipping = tokio::spawn(shipper.run(stop.clone(), asked));
+    if tokio::time::timeout(Duration::from_millis(FIRST_QUESTION_MS), was_asked).await.is_err() {
+        tracing::warn!("the collector does not answer; whether this ledger is its latest is not known yet");
+    }
+    Ok(Some(shipping))
 }
 
 /// Takes over the rates of other currencies whenever their file changes.

@@ -48,6 +48,8 @@ pub struct Metrics {
     pub doubts_settled: Family<EndLabels, Counter>,
     /// How old the answers were that were given again.
     pub replay_age_seconds: Histogram,
+    /// Audit records that a collector acknowledged, those sent twice included.
+    pub audit_shipped: Counter,
     /// Requests with a key that nobody knows.
     pub unknown_keys: Counter,
     /// From acceptance to answer.
@@ -65,6 +67,7 @@ impl Default for Metrics {
             doubts_opened: Counter::default(),
             doubts_settled: Family::default(),
             replay_age_seconds: Histogram::new(AGES),
+            audit_shipped: Counter::default(),
             unknown_keys: Counter::default(),
             request_seconds: histogram(),
             upstream_seconds: histogram(),
@@ -86,6 +89,8 @@ impl Metrics {
         registry.register("keybrake_doubts_settled", "Doubts that ended, by what ended them", settled);
         let age = self.replay_age_seconds.clone();
         registry.register("keybrake_replay_age_seconds", "Age of answers that were given again", age);
+        let shipped = self.audit_shipped.clone();
+        registry.register("keybrake_audit_shipped", "Audit records that the collector took", shipped);
         let unknown = self.unknown_keys.clone();
         registry.register("keybrake_unknown_keys", "Requests with a key that is not known here", unknown);
         let request = self.request_seconds.clone();

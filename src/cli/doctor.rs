@@ -13,10 +13,12 @@ use tokio::time::Instant;
 use crate::cli::EXIT_USAGE;
 use crate::cli::output::{complain, line};
 use crate::config::Config;
+use crate::disk;
 use crate::forward::{Forwarder, FreeRequest};
 use crate::ledger::LedgerError;
 use crate::ledger::redb::inspect;
 use crate::money::MicroUsd;
+use crate::ship::{self, Format, Target};
 use crate::time::Clock;
 use crate::tls::{self, TlsSource};
 use crate::upstream::{Sent, Upstream, UpstreamConfig};
@@ -61,11 +63,12 @@ pub async fn run(json: bool) -> ExitCode {
     };
     let mut findings = vec![finding("configuration", Verdict::Good, "every setting can be read")];
     findings.extend(certificate(&config));
-    findings.push(disk(&config.data_dir));
+    findings.push(disk(&config.data_dir, config.collector.is_some()));
     findings.push(ledger(&config));
     findings.push(rates(&config));
     findings.push(stripe(&config).await);
-    findings.push(running().await);
+    findings.push(collector(&config).await);
+    findings.extend(running().await);
     findings.push(finding(
         "topology",
         Verdict::Note,
@@ -110,7 +113,7 @@ fn certificate(config: &Config) -> Vec<Finding> {
 }
 
 /// The directory of the ledger: there, writable, and on something that outlives a restart.
-fn disk(data_dir: &Path) -> Finding {
+fn disk(data_dir: &Path, has_collector: bool) -> Finding {
     if !data_dir.exists() {
         return finding("disk", Verdict::Note, format!("{} is made at the first start", data_dir.display()));
     }
@@ -119,19 +122,16 @@ fn disk(data_dir: &Path) -> Finding {
     if let Err(error) = written {
         return finding("disk", Verdict::Bad, format!("{} cannot be written: {error}", data_dir.display()));
     }
-    match file_system(data_dir).as_deref() {
-        Some(kind @ ("tmpfs" | "overlay" | "ramfs")) => finding(
-            "disk",
-            Verdict::Bad,
-            format!(
-                "{} is on {kind}: the ledger is lost with the container; mount a volume",
-                data_dir.display()
-            ),
-        ),
-        Some(kind) => {
-            finding("disk", Verdict::Good, format!("{} is writable, on {kind}", data_dir.display()))
+    let shown = data_dir.display();
+    match disk::kind_of(data_dir) {
+        Some(kind) if disk::is_fleeting(&kind) => {
+            // With a collector the records outlive it, and the loss is seen. The memory of charges does not.
+            let verdict = if has_collector { Verdict::Note } else { Verdict::Bad };
+            let told = format!("{shown} is on {kind}: the ledger is lost with the container; mount a volume");
+            finding("disk", verdict, told)
         }
-        None => finding("disk", Verdict::Good, format!("{} is writable", data_dir.display())),
+        Some(kind) => finding("disk", Verdict::Good, format!("{shown} is writable, on {kind}")),
+        None => finding("disk", Verdict::Good, format!("{shown} is writable")),
     }
 }
 
@@ -177,19 +177,35 @@ fn rates(config: &Config) -> Finding {
     }
 }
 
-/// The kind of file system that holds a directory, as Linux tells.
-fn file_system(dir: &Path) -> Option<String> {
-    let dir = dir.canonicalize().ok()?;
-    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-    mounts
-        .lines()
-        .filter_map(|line| {
-            let mut words = line.split(' ');
-            let (_, mount, kind) = (words.next()?, words.next()?, words.next()?);
-            dir.starts_with(mount).then(|| (mount.len(), kind.to_owned()))
-        })
-        .max()
-        .map(|(_, kind)| kind)
+/// Whether the collector takes this node's token.
+async fn collector(config: &Config) -> Finding {
+    let Some(collector) = &config.collector else {
+        return finding("collector", Verdict::Note, "none: audit records stay on this machine");
+    };
+    let Target { url, token, format } = &collector.target;
+    if *format == Format::Ndjson {
+        return finding("collector", Verdict::Note, format!("{url}: a log store, which cannot be asked"));
+    }
+    let client = tls::client_config(collector.ca_file.as_deref());
+    let client = client.map_err(anyhow::Error::from).and_then(|tls| Ok(ship::client(tls)?));
+    let client = match client {
+        Ok(client) => client,
+        Err(error) => return finding("collector", Verdict::Bad, format!("COLLECTOR_CA_FILE: {error:#}")),
+    };
+    let asked = client.get(format!("{url}/collect/v1/chains/none")).bearer_auth(token.expose());
+    match asked.send().await {
+        Ok(answer) if answer.status().is_success() => {
+            finding("collector", Verdict::Good, format!("{url} takes this node's token"))
+        }
+        Ok(answer) if answer.status() == 401 => {
+            finding("collector", Verdict::Bad, format!("{url} does not know COLLECTOR_TOKEN"))
+        }
+        Ok(answer) => finding("collector", Verdict::Bad, format!("{url} answers {}", answer.status())),
+        Err(error) => {
+            let error = error.without_url();
+            finding("collector", Verdict::Bad, format!("{url} does not answer ({error}); records wait here"))
+        }
+    }
 }
 
 async fn stripe(config: &Config) -> Finding {
@@ -231,19 +247,38 @@ async fn stripe(config: &Config) -> Finding {
     finding("stripe", verdict, told)
 }
 
-async fn running() -> Finding {
-    match ready(Duration::from_secs(2)).await {
-        Err(_) => finding("sidecar", Verdict::Note, "is not running here"),
-        Ok(reasons) if reasons.is_empty() => finding("sidecar", Verdict::Good, "is running and ready"),
-        Ok(reasons) => finding("sidecar", Verdict::Bad, format!("is not ready: {}", reasons.join("; "))),
-    }
+async fn running() -> Vec<Finding> {
+    let Ok(told) = readyz(Duration::from_secs(2)).await else {
+        return vec![finding("sidecar", Verdict::Note, "is not running here")];
+    };
+    let list = |name: &str| -> Vec<String> {
+        let items = told[name].as_array().into_iter().flatten().filter_map(Value::as_str);
+        items.map(str::to_owned).collect()
+    };
+    let (reasons, warnings) = (list("reasons"), list("warnings"));
+    let mut findings = vec![if reasons.is_empty() {
+        finding("sidecar", Verdict::Good, "is running and ready")
+    } else {
+        finding("sidecar", Verdict::Bad, format!("is not ready: {}", reasons.join("; ")))
+    }];
+    findings.extend(warnings.into_iter().map(|told| finding("sidecar", Verdict::Note, told)));
+    findings
 }
 
-/// Asks `/readyz` of the sidecar beside this process: the reasons why it is not ready.
+/// Asks the sidecar beside this process: the reasons why it is not ready.
 ///
 /// # Errors
 /// When it does not answer.
 pub async fn ready(within: Duration) -> Result<Vec<String>> {
+    let body = readyz(within).await?;
+    if body["ready"].as_bool() == Some(true) {
+        return Ok(Vec::new());
+    }
+    let reasons = body["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    Ok(reasons.map(str::to_owned).collect())
+}
+
+async fn readyz(within: Duration) -> Result<Value> {
     let address = crate::config::ops_address()?;
     let ask = async {
         let mut stream = tokio::net::TcpStream::connect(address).await?;
@@ -256,10 +291,5 @@ pub async fn ready(within: Duration) -> Result<Vec<String>> {
     let Ok(answer) = tokio::time::timeout(within, ask).await else { bail!("{address} does not answer") };
     let answer = answer?;
     let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
-    let body: Value = serde_json::from_str(body)?;
-    if body["ready"].as_bool() == Some(true) {
-        return Ok(Vec::new());
-    }
-    let reasons = body["reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    Ok(reasons.map(str::to_owned).collect())
+    Ok(serde_json::from_str(body)?)
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{CLIENT_VARIABLES, ConfigError, ConfigErrors, PREFIX, VARIABLES};
+use super::{CLIENT_VARIABLES, COLLECT_VARIABLES, ConfigError, ConfigErrors, PREFIX, VARIABLES};
 use crate::fx::Table;
 use crate::secret::{Mode, Secret, looks_like_stripe_key, stripe_key_mode};
 use crate::tls::{TlsName, TlsSource};
@@ -44,7 +44,7 @@ pub(super) struct RawTls {
 }
 
 pub(super) fn or_default(name: &str, given: Option<String>) -> String {
-    let mut rows = VARIABLES.iter().chain(CLIENT_VARIABLES);
+    let mut rows = VARIABLES.iter().chain(CLIENT_VARIABLES).chain(COLLECT_VARIABLES);
     given.unwrap_or_else(|| rows.find(|row| row.name == name).map_or("", |row| row.default).to_owned())
 }
 

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
+use super::collect::{COLLECT_VARIABLES, SHARED};
 use super::{CLIENT_VARIABLES, ConfigError, PREFIX, VARIABLES, Variable};
 
 /// On whose behalf the environment is read.
@@ -16,6 +17,7 @@ use super::{CLIENT_VARIABLES, ConfigError, PREFIX, VARIABLES, Variable};
 pub(super) enum Reader {
     Serve,
     Client,
+    Collect,
 }
 
 enum Fate {
@@ -29,13 +31,16 @@ impl Reader {
         let serves = names_one_of(VARIABLES, name);
         let client = names_one_of(CLIENT_VARIABLES, name);
         let shared = matches!(name, "KEYBRAKE_ADMIN_KEY" | "KEYBRAKE_ADMIN_KEY_FILE");
-        let collects = name.starts_with("KEYBRAKE_COLLECT_");
+        let collects = names_one_of(COLLECT_VARIABLES, name);
+        let client = client && (matches!(self, Self::Client) || !collects);
         match self {
             Self::Serve if serves => Fate::Read,
             Self::Serve if client || is_from_kubernetes(name) => Fate::Ignore,
             Self::Client if client || shared => Fate::Read,
             Self::Client if serves || collects || is_from_kubernetes(name) => Fate::Ignore,
-            Self::Serve | Self::Client => Fate::Refuse,
+            Self::Collect if collects || SHARED.contains(&name) => Fate::Read,
+            Self::Collect if serves || client || is_from_kubernetes(name) => Fate::Ignore,
+            Self::Serve | Self::Client | Self::Collect => Fate::Refuse,
         }
     }
 }

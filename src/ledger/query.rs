@@ -5,18 +5,19 @@ use std::collections::BTreeMap;
 use redb::{ReadableTable, TableError};
 use serde_json::{Map, Value};
 
-use crate::audit::{Broken, Verifier};
+use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
 use crate::hold::{Hold, HoldState, Lane, Subject};
-use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId};
+use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
 use crate::journal::{self, AUDIT, sealed_of};
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::{
-    self, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, HOLDS, ISSUERS,
-    KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, META, OBJECTS, PHASE_LIVE, meta,
+    self, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, ChainRow, HOLDS, ISSUERS,
+    KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_LIVE,
+    meta,
 };
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
@@ -61,6 +62,19 @@ pub struct ChainState {
     pub head: [u8; 32],
     /// What is wrong with the first bad one.
     pub broken: Option<Broken>,
+}
+
+/// The log as a shipper sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogState {
+    /// The chain that is written now.
+    pub chain_id: LedgerId,
+    /// The place before its record 1.
+    pub base: u64,
+    /// The place of the first record that is kept.
+    pub first: u64,
+    /// The place of the last.
+    pub last: u64,
 }
 
 /// A table that nobody has written yet is empty, not an error.
@@ -360,6 +374,57 @@ impl RedbStore {
         limit: usize,
     ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
         Ok(journal::query(&self.read()?, filter, after, limit)?)
+    }
+
+    /// What a shipper has to know of the log.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn log_state(&self) -> Result<LogState, LedgerError> {
+        let txn = self.read()?;
+        let chain: Option<ChainRow> = meta_of(&txn, meta::CHAIN)?;
+        let (chain_id, base) = chain.map_or((self.id(), 0), |chain| (chain.id, chain.base));
+        let table = txn.open_table(AUDIT)?;
+        let first = table.first()?.map_or(1, |(place, _)| place.value());
+        let last = table.last()?.map_or(0, |(place, _)| place.value());
+        Ok(LogState { chain_id, base, first, last })
+    }
+
+    /// Records behind a place, in order: so many at most, and no more once they have so many bytes.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn records_after(
+        &self,
+        place: u64,
+        rows_max: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<(u64, Sealed)>, LedgerError> {
+        Ok(journal::read_from(&self.read()?, place, rows_max, bytes_max)?)
+    }
+
+    /// The hash of the record at a place; `None` when it is not kept any more.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn record_hash(&self, place: u64) -> Result<Option<[u8; 32]>, LedgerError> {
+        Ok(journal::get(&self.read()?, place)?.map(|sealed| sealed.hash))
+    }
+
+    /// The place of the last record that a collector is known to have.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn shipped_to(&self) -> Result<u64, LedgerError> {
+        Ok(self.meta_row(meta::SHIPPED_TO)?.unwrap_or(0))
+    }
+
+    /// What a collector has and this ledger lost, while no operator has accepted it.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn loss(&self) -> Result<Option<LossRow>, LedgerError> {
+        self.meta_row(meta::LOSS)
     }
 
     /// Follows the whole chain that is kept.

@@ -300,6 +300,7 @@ fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Execut
             | LedgerError::NewerFormat { .. }
             | LedgerError::BoundElsewhere { .. }
             | LedgerError::NotFound
+            | LedgerError::Lost
             | LedgerError::Contradiction(_),
         )
         | Ok(_) => None,
@@ -332,7 +333,7 @@ fn refuse_command(command: Command, error: &LedgerError) {
         Command::Admit { reply, .. } => tell(reply, error),
         Command::RevokeKey { reply, .. } => tell(reply, error),
         Command::RevokeIssuer { reply, .. } => tell(reply, error),
-        Command::ResumeBudget { reply, .. } => tell(reply, error),
+        Command::ResumeBudget { reply, .. } | Command::AcceptLoss { reply, .. } => tell(reply, error),
         Command::Bind { reply, .. } => tell(reply, error),
         Command::LowerClock { reply, .. } => tell(reply, error),
         Command::EndDoubt { reply, .. } => tell(reply, error),
@@ -346,6 +347,8 @@ fn refuse_command(command: Command, error: &LedgerError) {
         | Command::Record { reply, .. }
         | Command::IssueKey { reply, .. }
         | Command::KillSwitch { reply, .. }
+        | Command::Shipped { reply, .. }
+        | Command::NoteLoss { reply, .. }
         | Command::Flush { reply } => tell(reply, error),
     }
 }
@@ -399,6 +402,11 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
             }
             answer(reply, lowered)
         }
+        Command::Shipped { to, reply } => answer(reply, tx.put_meta(meta::SHIPPED_TO, &to)),
+        Command::NoteLoss { collector_seq, reply } => answer(reply, tx.note_loss(collector_seq, now)),
+        Command::AcceptLoss { fresh, reason, actor, reply } => {
+            answer(reply, tx.accept_loss(fresh, &reason, &actor, now))
+        }
         Command::Flush { reply } => answer(reply, Ok(())),
         Command::Tick { reply } => answer(reply, tx.tick(now)),
     }
@@ -443,7 +451,7 @@ impl Tx<'_> {
         let binding =
             BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
         self.put_meta(meta::BINDING, &binding)?;
-        self.begin_chain(opening.fresh_id);
+        self.begin_first_chain(opening.fresh_id);
         let mut detail = Map::new();
         detail.insert("format".to_owned(), Value::from(FORMAT));
         detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));

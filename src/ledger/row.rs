@@ -52,6 +52,12 @@ pub mod meta {
     pub const RESEND_FLOOR: &str = "resend_floor";
     /// [`super::AuditFloorRow`]: what was deleted at the beginning of the chain.
     pub const AUDIT_FLOOR: &str = "audit_floor";
+    /// [`super::ChainRow`]: the chain that is written now, when it is not the first one.
+    pub const CHAIN: &str = "chain";
+    /// The place of the last record that a collector acknowledged.
+    pub const SHIPPED_TO: &str = "shipped_to";
+    /// [`super::LossRow`], from when a collector was seen to know more than this ledger until an operator accepts it.
+    pub const LOSS: &str = "loss";
 }
 
 pub(crate) type Bytes = &'static [u8];
@@ -128,12 +134,34 @@ pub struct BudgetRow {
 /// Where the kept part of the chain begins.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct AuditFloorRow {
-    /// The first record that is kept.
+    /// The place of the first record that is kept.
     #[n(0)]
     pub seq: u64,
     /// The hash of the record before it.
     #[n(1)]
     pub prev_hash: minicbor::bytes::ByteArray<32>,
+}
+
+/// The chain that is written now. Records of earlier ones stand before it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct ChainRow {
+    /// Its id.
+    #[n(0)]
+    pub id: crate::id::LedgerId,
+    /// The place before its record 1.
+    #[n(1)]
+    pub base: u64,
+}
+
+/// A collector holds records of this ledger that it does not have itself: it was restored from an old copy.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct LossRow {
+    /// Since when that is known.
+    #[n(0)]
+    pub since: crate::time::UnixMs,
+    /// The last record that the collector holds, or the first that contradicts.
+    #[n(1)]
+    pub collector_seq: u64,
 }
 
 /// Equal refusals within one minute, after the first.

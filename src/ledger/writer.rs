@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::audit::Entry;
 use crate::call::{Call, Record};
 use crate::hold::Facts;
-use crate::id::{CallId, HoldId, IssuerId, KeyId};
+use crate::id::{CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::redb::RedbStore;
@@ -47,6 +47,9 @@ pub enum Command {
     KillSwitch { on: bool, reason: String, actor: Actor, reply: Reply<()> },
     Bind { account: String, key_digest: [u8; 32], reply: Reply<BindingRow> },
     LowerClock { reason: String, actor: Actor, reply: Reply<(UnixMs, UnixMs)> },
+    Shipped { to: u64, reply: Reply<()> },
+    NoteLoss { collector_seq: u64, reply: Reply<()> },
+    AcceptLoss { fresh: LedgerId, reason: String, actor: Actor, reply: Reply<bool> },
     Flush { reply: Reply<()> },
     Tick { reply: Reply<Ticked> },
 }

@@ -12,14 +12,14 @@ use crate::support::world;
 async fn a_key_in_a_hurry_is_told_to_wait_and_its_replays_are_not() {
     let (standin, sidecar) = world().await;
     let more =
-        json!({"requests_per_second": 2, "allowed_endpoints": ["POST /v1/charges", "GET /v1/charges/{id}"]});
+        json!({"requests_per_second": 1, "allowed_endpoints": ["POST /v1/charges", "GET /v1/charges/{id}"]});
     let (key, id) = sidecar.mint("100.00", more).await;
-    assert_eq!(sidecar.key(&id).await["requests_per_second"], 2);
+    assert_eq!(sidecar.key(&id).await["requests_per_second"], 1);
     let mut codes = Vec::new();
-    for n in 0..6 {
+    for n in 0..4 {
         codes.push(sidecar.charge(&key, &format!("k-{n}"), 100, "cus_9").await.status);
     }
-    assert_eq!(codes, [200, 200, 200, 200, 429, 429], "two seconds' worth at once");
+    assert_eq!(codes, [200, 200, 429, 429], "two seconds' worth at once");
     let told = sidecar.charge(&key, "k-9", 100, "cus_9").await;
     assert_eq!(told.verdict(), (429, "rate_limited"), "{}", told.text);
     assert_eq!(told.header("stripe-should-retry"), Some("true"));
@@ -28,8 +28,8 @@ async fn a_key_in_a_hurry_is_told_to_wait_and_its_replays_are_not() {
         let again = sidecar.charge(&key, "k-0", 100, "cus_9").await;
         assert_eq!(again.header("idempotent-replayed"), Some("true"), "{}", again.text);
     }
-    assert_eq!(standin.executed().len(), 4);
-    assert_eq!(sidecar.spend(&id).await.0, "4.00", "nothing is held for what had to wait");
+    assert_eq!(standin.executed().len(), 2);
+    assert_eq!(sidecar.spend(&id).await.0, "2.00", "nothing is held for what had to wait");
     sleep(Duration::from_millis(1_100)).await;
     assert_eq!(sidecar.charge(&key, "k-9", 100, "cus_9").await.status, 200);
 }

@@ -24,6 +24,8 @@ mod caps;
 #[cfg(test)]
 mod catalogue;
 #[cfg(test)]
+mod collector;
+#[cfg(test)]
 mod differential;
 #[cfg(test)]
 mod families;

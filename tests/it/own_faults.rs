@@ -271,6 +271,7 @@ fn opened(path: &Path) -> Ledger {
         fresh_id: LedgerId::new(at, [2; 10]),
         fresh_salt: [3; 32],
         audit_days: 400,
+        ships: false,
     };
     Ledger::open(path, opening).unwrap()
 }

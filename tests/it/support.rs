@@ -29,6 +29,7 @@ pub(crate) struct Sidecar {
     log: Arc<Mutex<String>>,
     http: reqwest::Client,
     dir: Option<tempfile::TempDir>,
+    role: &'static str,
 }
 
 /// An answer, read whole.
@@ -135,6 +136,13 @@ impl Sidecar {
         Self::spawn_by(program(&env).arg("serve"), env)
     }
 
+    /// Starts a collector instead. The names of `serve` say where it is; the program itself does not read them.
+    pub(crate) fn spawn_collector(env: BTreeMap<String, String>) -> Self {
+        let mut collector = Self::spawn_by(program(&env).arg("collect"), env);
+        collector.role = "collect";
+        collector
+    }
+
     /// The same by a command of the test's own, which runs the program with this environment.
     pub(crate) fn spawn_by(command: &mut Command, env: BTreeMap<String, String>) -> Self {
         let mut child = command.spawn().unwrap();
@@ -157,6 +165,7 @@ impl Sidecar {
             log,
             http: client(),
             dir: None,
+            role: "serve",
         }
     }
 
@@ -215,7 +224,8 @@ impl Sidecar {
 
     /// Starts it again on the same ledger, addresses and settings.
     pub(crate) async fn restart(&mut self) {
-        let mut again = Self::spawn(self.env.clone());
+        let mut again = Self::spawn_by(program(&self.env).arg(self.role), self.env.clone());
+        again.role = self.role;
         again.dir = self.dir.take();
         *self = again;
         self.ready().await;

@@ -15,8 +15,8 @@ use crate::journal::{self, AUDIT, split_sealed};
 use crate::key::Key;
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
 use crate::ledger::row::{
-    self, ANSWERS, BindingRow, CALL_IDS, CALLS, COUNTERS, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
-    KillSwitchRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
+    self, ANSWERS, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
+    KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict, limits};
@@ -30,6 +30,9 @@ pub(super) const MINUTE_MS: u64 = 60_000;
 /// The end of the audit chain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
+    /// In the log.
+    pub(super) place: u64,
+    /// In its chain.
     pub(super) seq: u64,
     pub(super) hash: [u8; 32],
     /// The time of the last record: the clock does not go below it.
@@ -50,6 +53,7 @@ pub(super) struct Tx<'t> {
     txn: &'t WriteTransaction,
     opening: &'t Opening,
     head: Head,
+    ledger_id: String,
     chain_id: String,
     wrote: bool,
 }
@@ -64,9 +68,11 @@ impl<'t> Tx<'t> {
             Some(head) => head,
             None => stored_head(txn)?,
         };
-        let mut tx = Self { txn, opening, head, chain_id: String::new(), wrote: false };
+        let mut tx =
+            Self { txn, opening, head, ledger_id: String::new(), chain_id: String::new(), wrote: false };
         if let Some(id) = tx.meta::<LedgerId>(meta::LEDGER_ID)? {
-            tx.chain_id = id.to_string();
+            tx.ledger_id = id.to_string();
+            tx.chain_id = tx.meta::<ChainRow>(meta::CHAIN)?.map_or(id, |chain| chain.id).to_string();
         }
         Ok(tx)
     }
@@ -79,8 +85,47 @@ impl<'t> Tx<'t> {
         self.opening
     }
 
-    pub(super) fn begin_chain(&mut self, id: LedgerId) {
-        self.chain_id = id.to_string();
+    pub(super) fn begin_first_chain(&mut self, id: LedgerId) {
+        (self.ledger_id, self.chain_id) = (id.to_string(), id.to_string());
+    }
+
+    /// Notes that a collector knows more of this ledger than it does itself.
+    pub(super) fn note_loss(&mut self, collector_seq: u64, now: UnixMs) -> Result<(), LedgerError> {
+        if self.meta::<LossRow>(meta::LOSS)?.is_some() {
+            return Ok(());
+        }
+        self.put_meta(meta::LOSS, &LossRow { since: now, collector_seq })
+    }
+
+    /// An operator takes the ledger as it is: what was lost stays lost, and a new chain begins behind the old one.
+    /// Answers whether there was a loss.
+    pub(super) fn accept_loss(
+        &mut self,
+        fresh: LedgerId,
+        reason: &str,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<bool, LedgerError> {
+        let Some(loss) = self.meta::<LossRow>(meta::LOSS)? else { return Ok(false) };
+        let binding = self.binding()?;
+        let before = [
+            ("chain_id", Value::from(self.chain_id.as_str())),
+            ("seq", Value::from(self.head.seq)),
+            ("collector_seq", Value::from(loss.collector_seq)),
+        ];
+        let before: Map<String, Value> =
+            before.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let mut detail = Map::new();
+        detail.insert("mode".to_owned(), Value::from(binding.mode));
+        detail.extend(binding.account.map(|account| ("account".to_owned(), Value::from(account))));
+        detail.insert("before".to_owned(), Value::Object(before));
+        detail.insert("reason".to_owned(), Value::from(reason));
+        self.txn.open_table(META)?.remove(meta::LOSS)?;
+        self.put_meta(meta::CHAIN, &ChainRow { id: fresh, base: self.head.place })?;
+        self.chain_id = fresh.to_string();
+        (self.head.seq, self.head.hash) = (0, FIRST_PREV_HASH);
+        self.append(&entry::of_admin(now, Event::ChainStarted, &actor.0, None, detail))?;
+        Ok(true)
     }
 
     pub(super) fn head(&self) -> Head {
@@ -546,19 +591,19 @@ impl<'t> Tx<'t> {
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
-        let seq = self.head.seq.saturating_add(1);
+        let (at, seq) = (self.head.place.saturating_add(1), self.head.seq.saturating_add(1));
         let place = Place {
             seq,
-            ledger_id: &self.chain_id,
+            ledger_id: &self.ledger_id,
             node: &self.opening.node,
             chain_id: &self.chain_id,
             prev_hash: self.head.hash,
         };
         let sealed = audit::seal(&place, entry);
         self.wrote = true;
-        journal::append(self.txn, seq, &sealed)?;
-        let at = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
-        self.head = Head { seq, hash: sealed.hash, at };
+        journal::append(self.txn, at, &sealed)?;
+        let time = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
+        self.head = Head { place: at, seq, hash: sealed.hash, at: time };
         Ok(())
     }
 }
@@ -572,11 +617,14 @@ pub(super) fn stored_format(txn: &WriteTransaction) -> Result<Option<u32>, Ledge
 
 fn stored_head(txn: &WriteTransaction) -> Result<Head, LedgerError> {
     let audit = txn.open_table(AUDIT)?;
-    let Some((seq, stored)) = audit.last()? else {
-        return Ok(Head { seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() });
+    let Some((place, stored)) = audit.last()? else {
+        return Ok(Head { place: 0, seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() });
     };
     let (hash, bytes) = split_sealed(stored.value())?;
-    Ok(Head { seq: seq.value(), hash, at: time_of(bytes)? })
+    let record: Map<String, Value> =
+        serde_json::from_slice(bytes).map_err(|_| LedgerError::Corrupt("record"))?;
+    let seq = record.get("seq").and_then(Value::as_u64).ok_or(LedgerError::Corrupt("record"))?;
+    Ok(Head { place: place.value(), seq, hash, at: time_of(bytes)? })
 }
 
 /// What a refused request was about. Two that are about the same thing under one key are one in the log.

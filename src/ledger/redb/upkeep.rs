@@ -163,14 +163,16 @@ impl Tx<'_> {
 
     fn drop_old_records(&mut self, now: UnixMs) -> Result<bool, LedgerError> {
         let keep_ms = u64::from(self.opening().audit_days).saturating_mul(DAY_MS);
+        let shipped: u64 = self.meta(meta::SHIPPED_TO)?.unwrap_or(0);
         let mut floor = None;
         let mut rows = 0;
         for found in self.txn().open_table(AUDIT)?.iter()?.take(INDEX_ROWS_MAX) {
             let (seq, stored) = found?;
             let (hash, bytes) = split_sealed(stored.value())?;
             let kept = now.millis_since(time_of(bytes)?) <= keep_ms;
+            let waits = self.opening().ships && seq.value() > shipped;
             // The last record stays: the next one continues it.
-            if kept || seq.value() >= self.head().seq {
+            if kept || waits || seq.value() >= self.head().place {
                 break;
             }
             floor =

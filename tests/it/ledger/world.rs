@@ -202,6 +202,7 @@ impl World {
             fresh_id: LedgerId::new(START, self.random()),
             fresh_salt: [7; 32],
             audit_days: 400,
+            ships: false,
         }
     }
 

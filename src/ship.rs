@@ -1,0 +1,410 @@
+//! Ships the audit log to a collector: in order, at least once, from the durable log itself, so that nothing waits for it
+//! and nothing is lost with it. A collector that is down for days only makes the backlog longer.
+//!
+//! The log is the outbox: the shipper reads what lies behind the last record that was acknowledged. It asks the collector
+//! what it holds before it sends, because the collector is who knows; what it holds beyond this ledger's own head, or
+//! otherwise than this ledger, means that the ledger was restored from an old copy. Money calls are refused then, until an
+//! operator accepts the loss: a new chain begins.
+
+use std::io::Write as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use hyper::StatusCode;
+use hyper::header::HeaderValue;
+use serde_json::{Map, Value};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::audit::Sealed;
+use crate::id::hex;
+use crate::ledger::query::LogState;
+use crate::ledger::{Ledger, LedgerError};
+use crate::random;
+use crate::secret::Secret;
+use crate::telemetry::Metrics;
+use crate::time::UnixMs;
+
+/// Records of one batch.
+const BATCH_ROWS_MAX: usize = 500;
+/// Bytes of one batch, before it is packed.
+const BATCH_BYTES_MAX: usize = 512 << 10;
+/// How long records wait for others to travel with.
+const AGE_MS: u64 = 500;
+/// How long the collector may take for one batch.
+const TIMEOUT_S: u64 = 30;
+/// The first wait after a failure, and the longest.
+const BACKOFF_FIRST_MS: u64 = 500;
+const BACKOFF_LAST_MS: u64 = 60_000;
+/// How often the place of the last acknowledged record is written down, while there are any.
+const NOTE_EVERY_MS: u64 = 5_000;
+/// How long a stopping process goes on to ship what is left.
+const LAST_MS: u64 = 1_500;
+/// Records that wait, and the age of the oldest, at which an operator is warned.
+const BACKLOG_WARN: u64 = 10_000;
+const BACKLOG_WARN_MS: u64 = 600_000;
+/// Characters of an unknown answer that a log line repeats.
+const TOLD_CHARS_MAX: usize = 200;
+
+/// How records are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// To a collector of this program.
+    Keybrake,
+    /// To any log store: one record a line, and a 2xx takes them.
+    Ndjson,
+}
+
+/// Where records go.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// The address, without a slash at its end.
+    pub url: String,
+    /// The bearer.
+    pub token: Secret,
+    /// How.
+    pub format: Format,
+}
+
+/// How far the shipping is, for probes and metrics.
+#[derive(Debug, Default)]
+pub struct Progress(Mutex<Reached>);
+
+#[derive(Clone, Debug, Default)]
+struct Reached {
+    /// The place of the last record that was acknowledged.
+    at: u64,
+    trouble: Option<String>,
+    beside: Vec<String>,
+}
+
+impl Progress {
+    fn set(&self, change: impl FnOnce(&mut Reached)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn reached(&self) -> Reached {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Records that wait, and since when the oldest does.
+    pub fn backlog(&self, ledger: &Ledger) -> (u64, Option<UnixMs>) {
+        let log = ledger.redb();
+        let Ok(LogState { base, first, last, .. }) = log.log_state() else { return (0, None) };
+        let at = self.reached().at.max(base).max(first.saturating_sub(1));
+        let oldest = log.records_after(at, 1, 1).unwrap_or_default();
+        (last.saturating_sub(at), oldest.first().and_then(|(_, sealed)| time_of(sealed)))
+    }
+
+    /// What an operator should look at. No reason to get no traffic.
+    pub fn warnings(&self, ledger: &Ledger) -> Vec<String> {
+        let (reached, (backlog, oldest)) = (self.reached(), self.backlog(ledger));
+        let mut told = Vec::new();
+        let age = oldest.map_or(0, |at| ledger.now().millis_since(at));
+        if backlog >= BACKLOG_WARN || age >= BACKLOG_WARN_MS {
+            let why = reached.trouble.map(|why| format!(": {why}")).unwrap_or_default();
+            told.push(format!(
+                "{backlog} audit records wait for the collector, the oldest for {} s{why}",
+                age / 1_000
+            ));
+        }
+        if !reached.beside.is_empty() {
+            told.push(format!(
+                "this Stripe account is served by the ledger of {} too: caps and memory are not shared between them",
+                reached.beside.join(", ")
+            ));
+        }
+        told
+    }
+}
+
+/// The shipper.
+#[derive(Debug)]
+pub struct Shipper {
+    /// The log.
+    pub ledger: Ledger,
+    /// Where to.
+    pub target: Target,
+    /// The way there.
+    pub http: reqwest::Client,
+    /// How far it is.
+    pub progress: Arc<Progress>,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// What one step came to.
+enum Step {
+    /// All is acknowledged.
+    Idle,
+    /// Some was; more waits.
+    More,
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error("no answer from the collector: {0}")]
+    Silent(String),
+    #[error("the collector answered {0}: {1}")]
+    Refused(StatusCode, String),
+    #[error("the log cannot be read or written: {0}")]
+    Ledger(#[from] LedgerError),
+    #[error("the collector holds what this ledger does not: it was restored from an old copy")]
+    Lost,
+}
+
+impl Shipper {
+    /// Ships until `stop`, and then what is left for a moment. `asked` hears when the collector was first asked, whether
+    /// it answered or not.
+    pub async fn run(self, stop: CancellationToken, asked: oneshot::Sender<()>) {
+        let (mut at, mut unasked) = (None, Some(asked));
+        let (mut failures, mut noted) = (0_u32, Instant::now());
+        loop {
+            let result = self.step(&mut at).await;
+            if let Some(asked) = unasked.take() {
+                // The start may have gone on without.
+                let _ = asked.send(());
+            }
+            let pause_ms = match result {
+                Ok(done) => {
+                    failures = 0;
+                    self.progress.set(|reached| reached.trouble = None);
+                    match done {
+                        Step::More => 0,
+                        Step::Idle => AGE_MS,
+                    }
+                }
+                Err(trouble) => {
+                    if failures == 0 {
+                        tracing::warn!(%trouble, "audit records cannot be shipped; they wait in the ledger");
+                    }
+                    failures = failures.saturating_add(1);
+                    self.progress.set(|reached| reached.trouble = Some(trouble.to_string()));
+                    // What the collector holds may be another now.
+                    at = at.filter(|_| self.target.format == Format::Ndjson);
+                    backoff(failures)
+                }
+            };
+            if noted.elapsed() >= Duration::from_millis(NOTE_EVERY_MS) {
+                self.note(at).await;
+                noted = Instant::now();
+            }
+            let pause = Duration::from_millis(pause_ms);
+            if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
+                break;
+            }
+        }
+        let last = async { while let Ok(Step::More) = self.step(&mut at).await {} };
+        // What does not arrive now is in the ledger still.
+        let _ = tokio::time::timeout(Duration::from_millis(LAST_MS), last).await;
+        self.note(at).await;
+    }
+
+    /// Writes down what may be deleted by now.
+    async fn note(&self, at: Option<u64>) {
+        let Some(at) = at else { return };
+        if self.ledger.redb().shipped_to().is_ok_and(|noted| noted == at) {
+            return;
+        }
+        if let Err(error) = self.ledger.shipped(at).await {
+            tracing::debug!(%error, "how far the log was shipped could not be written; it is asked again");
+        }
+    }
+
+    /// Sends one batch, after it has asked from where on.
+    async fn step(&self, at: &mut Option<u64>) -> Result<Step, Trouble> {
+        let log = self.ledger.redb().log_state()?;
+        let from = match *at {
+            Some(from) => from.max(log.base),
+            None => self.ask(&log).await?,
+        };
+        *at = Some(from);
+        let from = from.max(log.first.saturating_sub(1));
+        let records = self.ledger.redb().records_after(from, BATCH_ROWS_MAX, BATCH_BYTES_MAX)?;
+        self.progress.set(|reached| reached.at = from);
+        let Some((last, _)) = records.last() else { return Ok(Step::Idle) };
+        let (floor, waiting) = (log.first.saturating_sub(log.base), log.last.saturating_sub(*last));
+        let answer = self.send(&records, floor, waiting).await?;
+        self.metrics.audit_shipped.inc_by(u64::try_from(records.len()).unwrap_or(0));
+        *at = Some(match answer {
+            Some(seq) => log.base.saturating_add(seq),
+            None => *last,
+        });
+        self.progress.set(|reached| reached.at = at.unwrap_or(from));
+        Ok(if waiting == 0 { Step::Idle } else { Step::More })
+    }
+
+    /// Up to where the collector has this log. A ledger that it knows better is one that was restored.
+    async fn ask(&self, log: &LogState) -> Result<u64, Trouble> {
+        if self.target.format == Format::Ndjson {
+            return Ok(self.ledger.redb().shipped_to()?.max(log.base));
+        }
+        if self.ledger.redb().loss()?.is_some() {
+            return Err(Trouble::Lost);
+        }
+        let url = format!("{}/collect/v1/chains/{}", self.target.url, log.chain_id);
+        let answer = self.answered(self.http.get(url)).await?;
+        let beside = answer["beside"].as_array().into_iter().flatten();
+        let beside = beside.filter_map(|one| one["node"].as_str().map(str::to_owned)).collect();
+        self.progress.set(|reached| reached.beside = beside);
+        let held = &answer["held"];
+        let (Some(seq), Some(hash)) = (held["seq"].as_u64(), held["hash"].as_str()) else {
+            return Ok(log.base);
+        };
+        let place = log.base.saturating_add(seq);
+        let own = self.ledger.redb().record_hash(place)?;
+        let is_dropped = place < log.first;
+        if place <= log.last && (own.is_some_and(|own| hex(&own) == hash) || is_dropped) {
+            return Ok(place);
+        }
+        self.lost(seq).await
+    }
+
+    async fn lost(&self, seq: u64) -> Result<u64, Trouble> {
+        self.ledger.note_loss(seq).await?;
+        tracing::error!(
+            collector_seq = seq,
+            "the collector holds records that this ledger does not have: it was restored from an old copy. Money \
+             calls are refused until `keybrake doctor --accept-ledger-loss`"
+        );
+        Err(Trouble::Lost)
+    }
+
+    /// Sends a batch; the last record that the collector then holds, where it tells.
+    async fn send(
+        &self,
+        records: &[(u64, Sealed)],
+        floor: u64,
+        backlog: u64,
+    ) -> Result<Option<u64>, Trouble> {
+        let lines: Vec<u8> =
+            records.iter().flat_map(|(_, sealed)| [sealed.to_line(), b"\n".to_vec()].concat()).collect();
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        let body = packed.write_all(&lines).and_then(|()| packed.finish());
+        let body = body.map_err(|error| Trouble::Silent(error.to_string()))?;
+        let (url, request) = match self.target.format {
+            Format::Keybrake => (format!("{}/collect/v1/batches", self.target.url), true),
+            Format::Ndjson => (self.target.url.clone(), false),
+        };
+        let mut sending = self
+            .http
+            .post(url)
+            .header("content-type", "application/x-ndjson")
+            .header("content-encoding", "gzip")
+            .body(body);
+        if request {
+            sending = sending.header("keybrake-floor", floor).header("keybrake-backlog", backlog);
+        }
+        match self.answered(sending).await {
+            Ok(answer) => Ok(answer["seq"].as_u64()),
+            Err(Trouble::Refused(StatusCode::CONFLICT, told)) => {
+                let error: Map<String, Value> = serde_json::from_str(&told).unwrap_or_default();
+                let number = |name: &str| error.get(name).and_then(Value::as_u64).unwrap_or_default();
+                match error.get("code").and_then(Value::as_str) {
+                    // It has lost some, or never had them: from there on, as far as they are still here.
+                    Some("chain_gap") => Ok(Some(number("next").saturating_sub(1))),
+                    Some("chain_forked") => self.lost(number("seq")).await.map(Some),
+                    _ => Err(Trouble::Refused(StatusCode::CONFLICT, told)),
+                }
+            }
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// A JSON answer of 2xx. Of a refusal, the error object is told where there is one.
+    async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Value, Trouble> {
+        let sending = request.bearer_auth(self.target.token.expose()).send();
+        let silent = |error: reqwest::Error| Trouble::Silent(error.without_url().to_string());
+        let answer = sending.await.map_err(silent)?;
+        let status = answer.status();
+        let text = answer.text().await.map_err(silent)?;
+        let body: Value = serde_json::from_str(&text).unwrap_or_default();
+        if status.is_success() {
+            return Ok(body);
+        }
+        let told = match body.get("error") {
+            Some(error @ Value::Object(_)) => error.to_string(),
+            _ => text.chars().take(TOLD_CHARS_MAX).collect(),
+        };
+        Err(Trouble::Refused(status, told))
+    }
+}
+
+/// Asks a collector of this program on behalf of who may.
+#[derive(Debug)]
+pub struct Fleet {
+    /// The collector.
+    pub target: Target,
+    /// The way there.
+    pub http: reqwest::Client,
+}
+
+impl Fleet {
+    /// One page of records of all nodes, as the collector answers it.
+    ///
+    /// # Errors
+    /// Status and body of a refusal; 503 when no answer comes.
+    pub async fn records(
+        &self,
+        query: &[(String, String)],
+        accept: &str,
+    ) -> Result<Found, (StatusCode, String)> {
+        let silent = |error: reqwest::Error| {
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("the collector does not answer: {}", error.without_url()),
+            )
+        };
+        let query = crate::vendor::stripe::form::serialise(query);
+        let asked = self.http.get(format!("{}/audit?{query}", self.target.url)).header("accept", accept);
+        let answer = asked.bearer_auth(self.target.token.expose()).send().await.map_err(silent)?;
+        let (status, headers) = (answer.status(), answer.headers().clone());
+        let body = answer.text().await.map_err(silent)?;
+        let header = |name: &str| headers.get(name).cloned();
+        if !status.is_success() {
+            return Err((status, body));
+        }
+        Ok(Found { body, kind: header("content-type"), next: header("keybrake-next-cursor") })
+    }
+}
+
+/// A page as it came.
+#[derive(Debug)]
+pub struct Found {
+    /// A JSON list, or one record a line.
+    pub body: String,
+    /// Which of the two.
+    pub kind: Option<HeaderValue>,
+    /// Where the next page begins, of lines.
+    pub next: Option<HeaderValue>,
+}
+
+/// The way to a collector: nothing is sent on to another host, or through somebody else's proxy.
+///
+/// # Errors
+/// When the client cannot be made.
+pub fn client(tls: rustls::ClientConfig) -> reqwest::Result<reqwest::Client> {
+    reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .retry(reqwest::retry::never())
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .timeout(Duration::from_secs(TIMEOUT_S))
+        .build()
+}
+
+fn time_of(sealed: &Sealed) -> Option<UnixMs> {
+    let fields: Map<String, Value> = serde_json::from_slice(&sealed.bytes).ok()?;
+    fields.get("at").and_then(Value::as_str).and_then(UnixMs::parse)
+}
+
+/// Twice as long each time, and never at the same moment as the others that the same outage has stopped.
+fn backoff(failures: u32) -> u64 {
+    let full = BACKOFF_FIRST_MS.saturating_mul(1 << failures.min(16)).min(BACKOFF_LAST_MS);
+    let [random] = random::bytes();
+    full / 2 + full / 2 * u64::from(random) / 255
+}
