@@ -282,4 +282,8 @@ pub struct Facts {
     /// The caller's `metadata` parameters.
     #[n(6)]
     pub stripe_metadata: Vec<(String, String)>,
+    /// What the request said of where it comes from; recorded beside the key's own metadata.
+    #[n(7)]
+    #[cbor(default)]
+    pub context: Vec<(String, String)>,
 }

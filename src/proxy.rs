@@ -3,6 +3,7 @@
 //! One request is one plain function, `Proxy::serve`, and everything that it needs to know is decided in the order of
 //! the contract. The work behind a caller does not stop when the caller hangs up: it runs in a task of its own.
 
+pub mod context;
 pub mod flights;
 pub mod look;
 pub mod money;
@@ -502,6 +503,8 @@ fn unread_facts(head: &Parts, path: &str, request_id: &str) -> Facts {
         request_id: request_id.to_owned(),
         method: head.method.as_str().to_owned(),
         endpoint: request::showable(&shown),
+        // What cannot be read is refused, and the record of that goes without.
+        context: context::read(&head.headers).unwrap_or_default(),
         ..Facts::default()
     }
 }

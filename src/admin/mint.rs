@@ -19,6 +19,7 @@ use crate::vendor::Vendor;
 use crate::vendor::stripe::catalogue;
 use crate::vendor::stripe::form::Params;
 use crate::vendor::stripe::pricing::{Price, Terms};
+use crate::vendor::stripe::request::holds_key;
 use crate::vendor::stripe::rules::{self, Effect};
 
 /// The longest life of an issuer key, in seconds: two years.
@@ -266,6 +267,9 @@ fn text(fields: &mut Fields, name: &str) -> Result<Option<String>, Refusal> {
         Some(text) if text.chars().any(char::is_control) => {
             Err(invalid(name, "must not have control characters"))
         }
+        Some(text) if holds_key(&text) => {
+            Err(invalid(name, "holds a key: it would be kept in the audit log"))
+        }
         text => Ok(text),
     }
 }
@@ -401,6 +405,9 @@ fn metadata(fields: &mut Fields) -> Result<Vec<(String, String)>, Refusal> {
             "metadata",
             format!("may have {METADATA_PAIRS_MAX} pairs of strings of 1 to {TEXT_CHARS_MAX} characters"),
         ));
+    }
+    if pairs.iter().any(|(name, value)| holds_key(name) || holds_key(value)) {
+        return Err(invalid("metadata", "holds a key: it would be kept in the audit log"));
     }
     Ok(pairs)
 }

@@ -16,6 +16,14 @@ pub fn object_of(pairs: &[(String, String)]) -> Option<Map<String, Value>> {
     (!object.is_empty()).then_some(object)
 }
 
+/// The metadata of a request's records: the key's own, and what the request said of itself. A name has one value: whoever
+/// minted the key is trusted more than the script that uses it.
+fn metadata_of(key: &Key, facts: &Facts) -> Option<Map<String, Value>> {
+    let is_own = |name: &String| key.metadata.iter().any(|(own, _)| own == name);
+    let claimed = facts.context.iter().filter(|(name, _)| !is_own(name)).cloned();
+    object_of(&key.metadata.iter().cloned().chain(claimed).collect::<Vec<_>>())
+}
+
 /// What every record about a request under a key says.
 pub fn of_request(at: UnixMs, event: Event, key: &Key, facts: &Facts) -> Entry {
     Entry {
@@ -25,7 +33,7 @@ pub fn of_request(at: UnixMs, event: Event, key: &Key, facts: &Facts) -> Entry {
         key_id: Some(key.id.to_string()),
         issuer_id: key.issuer.map(|issuer| issuer.to_string()),
         label: Some(key.label.clone()),
-        metadata: object_of(&key.metadata),
+        metadata: metadata_of(key, facts),
         method: Some(facts.method.clone()),
         endpoint: Some(facts.endpoint.clone()),
         idempotency_key: facts.idempotency_key.clone(),

@@ -392,8 +392,9 @@ fn resend(
     hold.state = HoldState::Sending { boot: command.boot };
     hold.call_id = call.id;
     hold.since = now;
-    let facts =
-        crate::hold::Facts { request_id: command.intent.facts.request_id.clone(), ..live.facts.clone() };
+    // The same call by another request, which may come from another execution.
+    let crate::hold::Facts { request_id, context, .. } = command.intent.facts.clone();
+    let facts = crate::hold::Facts { request_id, context, ..live.facts.clone() };
     let audit = Entry {
         flags: Some(vec!["resend".to_owned()]),
         duration_ms: Some(command.duration_ms),

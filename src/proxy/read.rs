@@ -14,6 +14,7 @@ use hyper::header::{
 use hyper::http::request::Parts;
 
 use crate::forward::{IDEMPOTENCY_KEY, STRIPE_ACCOUNT, STRIPE_VERSION};
+use crate::proxy::context;
 use crate::refusal::{Code, Refusal};
 use crate::server::drain_body;
 use crate::vendor::stripe::catalogue::{self, BadPath};
@@ -190,6 +191,7 @@ pub fn request<'a>(
         version,
         account: header(headers, &STRIPE_ACCOUNT)?,
         request_id,
+        context: context::read(headers)?,
     })
 }
 

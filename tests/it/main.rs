@@ -25,6 +25,7 @@ mod caps;
 mod catalogue;
 #[cfg(test)]
 mod collector;
+mod context;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]

@@ -93,6 +93,8 @@ async fn spend(seen: &mut Seen, standin: &Standin, sidecar: &Sidecar, key: &str)
         ("stripe-version", CARD),
         ("idempotency-key", "kb1_AAAA"),
         ("x-http-method-override", PRESENTED[0]),
+        ("keybrake-context-task", PRESENTED[1]),
+        ("keybrake-context-note", CARD),
     ] {
         seen.reply("a bad header", sidecar.call("POST", path, key, &[header], &[("amount", "100")]).await);
     }

@@ -636,7 +636,8 @@ fn subject_of(facts: &Facts) -> [u8; 8] {
         facts.object_id.as_deref(),
     ];
     let mut hash = Sha256::new();
-    for part in parts.into_iter().flatten() {
+    let context = facts.context.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]);
+    for part in parts.into_iter().flatten().chain(context) {
         hash.update(part);
         hash.update([0]);
     }

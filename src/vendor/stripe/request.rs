@@ -38,6 +38,8 @@ pub struct Reading<'a> {
     pub account: Option<String>,
     /// Our id for the request.
     pub request_id: &'a str,
+    /// What it says of where it comes from, for the records alone.
+    pub context: Vec<(String, String)>,
 }
 
 impl Reading<'_> {
@@ -189,6 +191,7 @@ pub fn facts(reading: &Reading<'_>, key: &Key) -> Facts {
         customer: customer.map(showable),
         object_id: reading.ids.last().map(|id| showable(id)),
         stripe_metadata: metadata.take(METADATA_KEYS_MAX).collect(),
+        context: reading.context.clone(),
     }
 }
 
@@ -196,6 +199,12 @@ pub fn facts(reading: &Reading<'_>, key: &Key) -> Facts {
 /// an object. Nobody means to write one into a log, and whoever sent it by mistake should not find it there.
 pub fn showable(text: &str) -> String {
     without_keys(&without_card_numbers(text))
+}
+
+/// Whether a text holds what looks like a key or the secret of an object. Unlike digits that could be a card number, that
+/// never happens by chance.
+pub fn holds_key(text: &str) -> bool {
+    without_keys(text) != text
 }
 
 /// How keys begin.
