@@ -1,7 +1,8 @@
 //! The ledger: what is held, spent and remembered, and the record of it. Durable before anything is answered.
 //!
 //! - One writer takes every command that waits, runs the pure [`rules`] on what it loads, and commits once for all of
-//!   them; nobody is answered before that commit. Reads run beside it, on snapshots.
+//!   them; nobody is answered before that commit, but for the records of reads ([`notes`]), which follow within a tenth of
+//!   a second. Reads run beside it, on snapshots.
 //! - Holds, counters, calls, audit records and keys change together in one transaction or not at all.
 //! - [`Held`] can only be made here, by a reserve that is durable. Whoever forwards a money call must show one.
 //! - A write that fails latches: nothing is written or admitted until the process is started again, because nobody
@@ -10,6 +11,7 @@
 
 pub mod counter;
 pub mod entry;
+pub mod notes;
 pub mod query;
 pub mod redb;
 pub mod row;
@@ -28,6 +30,7 @@ use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::intent::HoldMark;
 use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::notes::{Note, Notes};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
@@ -220,6 +223,7 @@ pub struct Actor(pub String);
 #[derive(Clone, Debug)]
 pub struct Ledger {
     commands: mpsc::Sender<Command>,
+    notes: Notes,
     store: Store,
     boot: BootId,
 }
@@ -274,7 +278,7 @@ impl Ledger {
         let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
         let boot = opening.boot;
         writer::spawn(Arc::clone(&store), waiting, opening);
-        Self { commands, store: Store::Redb(store), boot }
+        Self { commands, notes: Notes::default(), store: Store::Redb(store), boot }
     }
 
     /// This run of the process.
@@ -423,6 +427,24 @@ impl Ledger {
         self.ask(|reply| Command::Record { entry: Box::new(entry), reply }).await
     }
 
+    /// Hands a record over and does not wait for it; only for room, when too many wait already.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: it was not taken, because nothing can be written.
+    pub async fn note(&self, note: Note) -> Result<(), LedgerError> {
+        let ticket = self.notes.place().await.ok_or_else(writer_gone)?;
+        if let Some(why) = self.failure() {
+            ticket.settle();
+            return Err(LedgerError::Unavailable(why));
+        }
+        self.commands.send(Command::Note { note, ticket }).await.map_err(|_| writer_gone())
+    }
+
+    /// How many records were handed over and could not be written.
+    pub fn notes_lost(&self) -> u64 {
+        self.notes.lost()
+    }
+
     /// Stores a new vault key.
     ///
     /// # Errors
@@ -544,11 +566,14 @@ impl Ledger {
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, LedgerError>>) -> Command,
     ) -> Result<T, LedgerError> {
-        let gone = || LedgerError::Unavailable("its writer has stopped".to_owned());
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        self.commands.send(command(reply)).await.map_err(|_| writer_gone())?;
+        answer.await.map_err(|_| writer_gone())?
     }
+}
+
+fn writer_gone() -> LedgerError {
+    LedgerError::Unavailable("its writer has stopped".to_owned())
 }
 
 /// A hold with the call that it belongs to, for lists.

@@ -48,7 +48,8 @@
 //! - Reserve before the first byte leaves; an outcome that is not known stays counted; nothing is compensated without a
 //!   definite answer; what cannot be decided is refused.
 //! - Money is integers: minor units and micro-dollars, checked.
-//! - Hold, counters, call and record change in one transaction. Nobody is answered before it is durable.
+//! - Hold, counters, call and record change in one transaction. Nobody is answered before it is durable; only the record
+//!   of a GET follows its answer, within 100 ms, and a power cut loses a bounded number of those ([`ledger::notes`]).
 //! - Nothing below us re-sends a money request: [`upstream`] sends again only what it got back unsent.
 //! - Nothing in [`ledger`] or below it knows Stripe; [`upstream`] knows neither.
 //! - No path from a vault key, Stripe key or admin key to a log line, a record or an answer: they live in

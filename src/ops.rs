@@ -79,9 +79,13 @@ impl Ops {
         if encode(&mut out, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", "cannot be written\n".to_owned());
         }
-        let holds = self.holds() + &self.backlog();
+        let (holds, lost) = (self.holds() + &self.backlog(), self.ledger.notes_lost());
+        let lost = format!(
+            "# HELP keybrake_records_lost Records of reads that were handed over and could not be written\n\
+             # TYPE keybrake_records_lost counter\nkeybrake_records_lost_total {lost}\n"
+        );
         // The registry's text ends the exposition; these lines belong before that.
-        let out = out.replace("# EOF\n", &format!("{holds}# EOF\n"));
+        let out = out.replace("# EOF\n", &format!("{holds}{lost}# EOF\n"));
         text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", out)
     }
 

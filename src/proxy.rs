@@ -30,6 +30,7 @@ use crate::fx::Book;
 use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::{Constraint, Key};
+use crate::ledger::notes::Note;
 use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch, too_soon};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::money::Currency;
@@ -53,6 +54,8 @@ use crate::vendor::stripe::secrets;
 const ROOM_KIB: usize = 256 * 1_024;
 /// The longest path that a record shows of a request that could not be read.
 const PATH_SHOWN_MAX: usize = 200;
+/// The method of reads.
+const READ: &str = "GET";
 
 /// The settings of the request path.
 #[derive(Clone, Debug)]
@@ -225,13 +228,28 @@ impl Proxy {
             Ok(reply) => reply,
             Err((No::Recorded(refusal), _)) => self.refuse(&refusal, course),
             Err((No::Refused(refusal), facts)) => {
-                let recorded = self.ledger.refused(key.id, facts, refusal.clone(), course.elapsed_ms()).await;
-                match recorded {
+                match self.record_refusal(course, key, facts, refusal.clone()).await {
                     Ok(()) => self.refuse(&refusal, course),
                     Err(_) => self.refuse(&Refusal::ledger_unavailable(), course),
                 }
             }
         }
+    }
+
+    /// A read moves no money, so nobody waits for its record.
+    async fn record_refusal(
+        &self,
+        course: &Course,
+        key: &Key,
+        facts: Facts,
+        refusal: Refusal,
+    ) -> Result<(), LedgerError> {
+        let duration_ms = course.elapsed_ms();
+        if facts.method != READ {
+            return self.ledger.refused(key.id, facts, refusal, duration_ms).await;
+        }
+        let (facts, refusal) = (Box::new(facts), Box::new(refusal));
+        self.ledger.note(Note::Refused { key_id: key.id, facts, refusal, duration_ms }).await
     }
 
     fn refuse(&self, refusal: &Refusal, course: &Course) -> Reply {
@@ -440,7 +458,11 @@ impl Proxy {
             duration_ms: Some(course.elapsed_ms()),
             ..entry::of_request(self.ledger.now(), Event::Forwarded, key, facts)
         };
-        self.ledger.record(entry).await?;
+        if facts.method == READ {
+            self.ledger.note(Note::Record(Box::new(entry))).await?;
+        } else {
+            self.ledger.record(entry).await?;
+        }
         self.metrics.decided("forwarded", "");
         Ok(reply)
     }

@@ -52,6 +52,9 @@ const RENEW_LOOK_MS: u64 = 3_600_000;
 /// Of the drain time, what is kept for ending connections after the work is done.
 const DRAIN_TAIL_MS: u64 = 500;
 
+/// How long the end waits for records of reads that are not durable yet: a disk that hangs must not keep a process.
+const LAST_WRITE_MS: u64 = 2_000;
+
 /// Why the sidecar did not start, or had to stop.
 #[derive(Debug)]
 pub enum Stopped {
@@ -501,6 +504,11 @@ async fn serve(
     }
     stop.cancel();
     let _ = ops_server.await;
+    // What was answered and is still to be recorded.
+    let flush = tokio::time::timeout(Duration::from_millis(LAST_WRITE_MS), sidecar.ledger.flush()).await;
+    if !matches!(flush, Ok(Ok(()))) {
+        tracing::error!("the last records of reads could not be written");
+    }
     tracing::info!("keybrake has stopped");
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use crate::audit::{Entry, Event};
 use crate::id::{BootId, LedgerId};
 use crate::journal::JournalError;
+use crate::ledger::notes::Note;
 use crate::ledger::redb::tx::{Head, Judged, Tx};
 use crate::ledger::row::{self, BindingRow, FORMAT, meta};
 use crate::ledger::rules::{self, Verdict, resolve};
@@ -289,9 +290,19 @@ impl Writer<'_> {
 
 type Executed = Result<Waiting, (Waiting, LedgerError)>;
 
-/// Pairs what a command came to with whoever waits for it. An error of storage breaks the batch; any other error is the
-/// command's own, and it has written nothing.
 fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Executed {
+    told(result, move |result| {
+        // Whoever asked may have gone; what was done stays done.
+        let _ = reply.send(result);
+    })
+}
+
+/// Pairs what a command came to with whoever is told of it. An error of storage breaks the batch; any other error is the
+/// command's own, and it has written nothing.
+fn told<T: 'static>(
+    result: Result<T, LedgerError>,
+    tell: impl FnOnce(Result<T, LedgerError>) + 'static,
+) -> Executed {
     let breaks = match &result {
         Err(error @ LedgerError::Unavailable(_)) => Some(error.clone()),
         Err(
@@ -306,8 +317,7 @@ fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Execut
         | Ok(_) => None,
     };
     let waiting: Waiting = Box::new(move |failed| {
-        // Whoever asked may have gone; what was done stays done.
-        let _ = reply.send(match failed {
+        tell(match failed {
             Some(error) => Err(error.clone()),
             None => result,
         });
@@ -350,6 +360,8 @@ fn refuse_command(command: Command, error: &LedgerError) {
         | Command::Shipped { reply, .. }
         | Command::NoteLoss { reply, .. }
         | Command::Flush { reply } => tell(reply, error),
+        // It counts as lost.
+        Command::Note { ticket, .. } => drop(ticket),
     }
 }
 
@@ -387,6 +399,19 @@ fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, bo
         }
         Command::Record { entry, reply } => {
             answer(reply, tx.append(&Entry { at: now.to_string(), ..*entry }))
+        }
+        Command::Note { note, ticket } => {
+            let noted = match note {
+                Note::Record(entry) => tx.append(&Entry { at: now.to_string(), ..*entry }),
+                Note::Refused { key_id, facts, refusal, duration_ms } => {
+                    tx.refused(key_id, &facts, &refusal, duration_ms, now)
+                }
+            };
+            told(noted, move |noted| {
+                if noted.is_ok() {
+                    ticket.settle();
+                }
+            })
         }
         Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(&key, &actor, now)),
         Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(key_id, &actor, now)),

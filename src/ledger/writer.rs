@@ -1,11 +1,14 @@
 //! The one thread that writes: takes every command that waits, up to a bound, and has the store commit once for all.
 //!
-//! No artificial wait fills a batch: at one caller it would only add latency, and under load the queue fills itself.
+//! No artificial wait fills a batch that anybody waits for: at one caller it would only add latency, and under load the
+//! queue fills itself. Notes, for which nobody waits, wait for the next such batch, but not for long.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
 
 use crate::audit::Entry;
 use crate::call::{Call, Record};
@@ -13,6 +16,7 @@ use crate::hold::Facts;
 use crate::id::{CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::notes::{NOTES_WAIT_MS, Note, Ticket};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
@@ -42,6 +46,7 @@ pub enum Command {
     Observe { account: String, object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
     Refused { key_id: KeyId, facts: Box<Facts>, refusal: Box<Refusal>, duration_ms: u64, reply: Reply<()> },
     Record { entry: Box<Entry>, reply: Reply<()> },
+    Note { note: Note, ticket: Ticket },
     IssueKey { key: Box<Key>, actor: Actor, reply: Reply<()> },
     RevokeKey { key_id: KeyId, actor: Actor, reply: Reply<Key> },
     KillSwitch { on: bool, reason: String, actor: Actor, reply: Reply<()> },
@@ -57,20 +62,41 @@ pub enum Command {
 /// Starts the writer. It ends when every handle to the ledger is gone.
 pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, opening: Opening) {
     std::thread::spawn(move || {
-        let mut writer = store.writer(&opening);
-        while let Some(first) = waiting.blocking_recv() {
-            let mut batch = Vec::with_capacity(16);
-            batch.push(first);
-            while batch.len() < BATCH_COMMANDS_MAX {
-                match waiting.try_recv() {
-                    Ok(command) => batch.push(command),
-                    Err(_) => break,
-                }
+        // For its timer alone: whatever runs the callers, the writer has a thread and a time of its own.
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                store.fail(&LedgerError::Unavailable(format!("its writer cannot start: {error}")));
+                return;
             }
+        };
+        let mut writer = store.writer(&opening);
+        while let Some(batch) = runtime.block_on(next_batch(&mut waiting)) {
             // A defect of ours or of the store must be seen by `/readyz`, as a full disk is: nothing is admitted any more.
             if catch_unwind(AssertUnwindSafe(|| writer.commit(batch))).is_err() {
                 store.fail(&LedgerError::Unavailable("its writer panicked".to_owned()));
             }
         }
     });
+}
+
+/// What the next commit is for; `None` when every handle is gone and everything is taken.
+async fn next_batch(waiting: &mut mpsc::Receiver<Command>) -> Option<Vec<Command>> {
+    let mut next = waiting.recv().await;
+    let until = Instant::now() + Duration::from_millis(NOTES_WAIT_MS);
+    let mut batch = Vec::with_capacity(16);
+    let mut is_awaited = false;
+    while let Some(command) = next {
+        is_awaited |= !matches!(command, Command::Note { .. });
+        batch.push(command);
+        if batch.len() == BATCH_COMMANDS_MAX {
+            break;
+        }
+        next = match (waiting.try_recv(), is_awaited) {
+            (Ok(command), _) => Some(command),
+            (Err(_), true) => None,
+            (Err(_), false) => timeout_at(until, waiting.recv()).await.ok().flatten(),
+        };
+    }
+    (!batch.is_empty()).then_some(batch)
 }

@@ -3,6 +3,7 @@
 mod backend;
 mod crash;
 mod format;
+mod notes;
 mod redb;
 mod sim;
 mod states;

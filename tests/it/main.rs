@@ -55,6 +55,8 @@ mod process;
 #[cfg(test)]
 mod raw;
 #[cfg(test)]
+mod reads;
+#[cfg(test)]
 mod recovery;
 #[cfg(test)]
 mod same_call;

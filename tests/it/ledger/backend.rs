@@ -25,6 +25,8 @@ struct State {
     fails_after: Option<u64>,
     /// Whether the next write panics.
     panics: bool,
+    /// Whether syncs hang.
+    hangs: bool,
 }
 
 /// A file in memory. Clones are the same file.
@@ -78,6 +80,17 @@ impl File {
     /// Lets everything succeed again.
     pub(super) fn mend(&self) {
         self.with(|state| state.fails_after = None);
+    }
+
+    /// Lets every sync hang from now on, or lets them all go.
+    pub(super) fn hang(&self, hangs: bool) {
+        self.with(|state| state.hangs = hangs);
+        self.0.1.notify_all();
+    }
+
+    /// How often the disk was asked to keep what it has.
+    pub(super) fn syncs(&self) -> usize {
+        self.log().iter().filter(|op| matches!(op, Op::Sync)).count()
     }
 
     /// Opens it, once the handle before is gone.
@@ -144,6 +157,9 @@ impl StorageBackend for Handle {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        let (lock, changed) = &*self.0.0;
+        let state = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(changed.wait_while(state, |state| state.hangs).unwrap_or_else(PoisonError::into_inner));
         self.0.with(|state| {
             state.may_write()?;
             state.did(Op::Sync);
