@@ -18,6 +18,8 @@
 //! Pure: no clock, no storage. Never in a record: a key, a card number, a body.
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
 
+pub mod words;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
@@ -146,7 +148,7 @@ pub struct Entry {
     /// Who did it, for admin events.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub actor: Option<String>,
-    /// What was before and after, and why, for admin events.
+    /// What was before and after, and why, for admin events; the figures of a cap that was exceeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<Map<String, Value>>,
 }

@@ -3,10 +3,12 @@
 
 pub mod client;
 pub mod doctor;
+mod explain;
 mod grants;
 mod log;
 mod operator;
 pub mod output;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

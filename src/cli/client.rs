@@ -11,7 +11,7 @@ use crate::config::ClientConfig;
 /// How long one answer may take.
 const TIMEOUT_S: u64 = 60;
 /// Items of one page.
-const PAGE: usize = 1_000;
+pub const PAGE: usize = 1_000;
 
 /// A client of one sidecar.
 #[derive(Debug)]

@@ -1,18 +1,19 @@
 //! `audit`: the log of a sidecar, or of a file.
 #![expect(clippy::doc_markdown, reason = "doc comments of arguments are the text of --help")]
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result};
 use clap::Subcommand;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
-use crate::audit::Verifier;
-use crate::cli::client::Client;
-use crate::cli::output::line;
-use crate::cli::{Json, Target, Usage, client, show_list};
+use crate::cli::client::{Client, PAGE};
+use crate::cli::output::{complain, line, sink};
+use crate::cli::verify::{self, Expected};
+use crate::cli::{Json, Target, Usage, client, explain, show_list};
 
 /// Records that `audit query` shows unless asked otherwise.
 const RECORDS_DEFAULT: usize = 100;
@@ -32,13 +33,39 @@ pub(super) enum Audit {
         #[arg(long, default_value_t = RECORDS_DEFAULT)]
         limit: usize,
     },
-    /// Print new records as they come, one JSON object a line
-    Tail,
-    /// Check the hash chain of a sidecar, or of a file of exported records: exit 0 whole, 1 broken
-    Verify {
-        /// A file with one record a line, oldest first, as `audit tail` prints them
+    /// Tell in plain words what was decided about a call or request, and why
+    Explain {
+        /// call_…, hold_…, a Request-Id, an object such as ch_…, or an idempotency key
+        id: String,
+        /// Look in a file of exported records instead of asking a sidecar
         #[arg(long)]
         file: Option<PathBuf>,
+    },
+    /// Write all records, oldest first, one JSON object a line; tells on standard error how many, and the head
+    Export {
+        /// A filter as in `query`; may be repeated. Filtered records are no chain any more
+        filters: Vec<String>,
+        /// Write into this file, readable for its owner alone, instead of standard output
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Print the records that there are, oldest first, one JSON object a line (with or without --json)
+    Tail {
+        /// Go on with new records as they come, until it is stopped
+        #[arg(long)]
+        follow: bool,
+    },
+    /// Check the hash chain of a sidecar, or of a file of exported records: exit 0 whole, 1 broken
+    Verify {
+        /// A file with one record a line, oldest first, as `audit export` writes them
+        #[arg(long)]
+        file: Option<PathBuf>,
+        /// The hash that the last record of the file must have; without it nobody sees that the last lines are gone
+        #[arg(long, requires = "file")]
+        head: Option<String>,
+        /// How many records the file must have
+        #[arg(long, requires = "file")]
+        records: Option<u64>,
     },
 }
 
@@ -46,14 +73,7 @@ pub(super) enum Audit {
 pub(super) async fn audit(command: Audit, target: &Target) -> Result<ExitCode> {
     match command {
         Audit::Query { filters, all_events, limit } => {
-            let mut query = filters
-                .iter()
-                .map(|filter| {
-                    let (name, value) =
-                        filter.split_once('=').ok_or_else(|| Usage(format!("{filter}: write NAME=VALUE")))?;
-                    Ok((name.to_owned(), value.to_owned()))
-                })
-                .collect::<Result<Vec<_>, Usage>>()?;
+            let mut query = pairs(&filters)?;
             if all_events {
                 query.push(("events".to_owned(), "all".to_owned()));
             }
@@ -71,72 +91,107 @@ pub(super) async fn audit(command: Audit, target: &Target) -> Result<ExitCode> {
             show_list(&records, &columns, target.json);
             Ok(ExitCode::SUCCESS)
         }
-        Audit::Tail => tail(&client(target)?).await,
-        Audit::Verify { file: Some(file) } => verify_file(&file, target.json),
-        Audit::Verify { file: None } => {
+        Audit::Explain { id, file: Some(file) } => explain::of_file(&file, &id, target.json),
+        Audit::Explain { id, file: None } => explain::of_sidecar(&client(target)?, &id, target.json).await,
+        Audit::Export { filters, out } => {
+            export(&client(target)?, &pairs(&filters)?, out.as_deref(), target.json).await
+        }
+        Audit::Tail { follow } => tail(&client(target)?, follow).await,
+        Audit::Verify { file: Some(file), head, records } => {
+            let state = verify::file(&file, &Expected { head, records })?;
+            Ok(show_verdict(&state, target.json))
+        }
+        Audit::Verify { file: None, .. } => {
             let state = client(target)?.get("/audit/verify", &[]).await?;
             Ok(show_verdict(&state, target.json))
         }
     }
 }
 
-/// Prints records from the beginning and goes on as they come, until it is stopped.
-async fn tail(client: &Client) -> Result<ExitCode> {
-    let mut query = vec![("events".to_owned(), "all".to_owned()), ("order".to_owned(), "asc".to_owned())];
-    query.push(("limit".to_owned(), "1000".to_owned()));
-    let mut after: Option<u64> = None;
+fn pairs(filters: &[String]) -> Result<Vec<(String, String)>, Usage> {
+    let pair = |filter: &String| match filter.split_once('=') {
+        Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
+        None => Err(Usage(format!("{filter}: write NAME=VALUE"))),
+    };
+    filters.iter().map(pair).collect()
+}
+
+/// The log from the oldest record on, page by page.
+struct Pages<'a> {
+    client: &'a Client,
+    query: Vec<(String, String)>,
+    cursor: Option<String>,
+}
+
+impl<'a> Pages<'a> {
+    fn new(client: &'a Client, filters: &[(String, String)]) -> Self {
+        let fixed = [("events", "all"), ("order", "asc"), ("limit", &PAGE.to_string())]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        Self { client, query: [filters, fixed.as_slice()].concat(), cursor: None }
+    }
+
+    /// The next records, and whether there are more already.
+    async fn next(&mut self) -> Result<(Vec<Value>, bool)> {
+        let mut query = self.query.clone();
+        query.extend(self.cursor.clone().map(|cursor| ("cursor".to_owned(), cursor)));
+        let mut page = self.client.get("/audit", &query).await?;
+        let records = page["data"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        let next = page["next_cursor"].as_str().map(str::to_owned);
+        let last = records.last().and_then(|record| record["seq"].as_u64()).map(|seq| seq.to_string());
+        let has_more = next.is_some();
+        self.cursor = next.or(last).or(self.cursor.take());
+        Ok((records, has_more))
+    }
+}
+
+/// Prints what there is, and goes on as records come when it is asked to.
+async fn tail(client: &Client, follow: bool) -> Result<ExitCode> {
+    let mut pages = Pages::new(client, &[]);
     loop {
-        let mut asked = query.clone();
-        asked.extend(after.map(|after| ("cursor".to_owned(), after.to_string())));
-        let page = client.get("/audit", &asked).await?;
-        for record in page["data"].as_array().into_iter().flatten() {
+        let (records, has_more) = pages.next().await?;
+        for record in records {
             line(&record.to_string());
-            after = record["seq"].as_u64().or(after);
         }
-        if !page["has_more"].as_bool().unwrap_or(false) {
-            tokio::time::sleep(Duration::from_millis(TAIL_PAUSE_MS)).await;
+        match (has_more, follow) {
+            (true, _) => {}
+            (false, true) => tokio::time::sleep(Duration::from_millis(TAIL_PAUSE_MS)).await,
+            (false, false) => return Ok(ExitCode::SUCCESS),
         }
     }
 }
 
-fn verify_file(file: &Path, json: Json) -> Result<ExitCode> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut verifier: Option<Verifier> = None;
-    let mut records = 0_u64;
-    let mut broken = None;
-    for (at, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
-        let record: Map<String, Value> =
-            serde_json::from_str(text).map_err(|_| anyhow!("line {} is no JSON object", at + 1))?;
-        let verifier = match &mut verifier {
-            Some(verifier) => verifier,
-            None => verifier.insert(beginning(&record)?),
-        };
-        if let Err(found) = verifier.follow_json(&record) {
-            broken = Some(found);
+/// Writes what there is, and tells what `verify` needs to know that all of it is there.
+async fn export(
+    client: &Client,
+    filters: &[(String, String)],
+    out: Option<&Path>,
+    json: Json,
+) -> Result<ExitCode> {
+    let cannot = || format!("cannot write {}", out.unwrap_or(Path::new("to standard output")).display());
+    let mut sink = sink(out).with_context(cannot)?;
+    let mut pages = Pages::new(client, filters);
+    let (mut count, mut head) = (0_u64, String::new());
+    loop {
+        let (records, has_more) = pages.next().await?;
+        for record in records {
+            writeln!(sink, "{record}").with_context(cannot)?;
+            record["hash"].as_str().unwrap_or_default().clone_into(&mut head);
+            count += 1;
+        }
+        if !has_more {
             break;
         }
-        records += 1;
     }
-    let head = verifier.map(|verifier| crate::id::hex(&verifier.head())).unwrap_or_default();
-    let state = json!({
-        "whole": broken.is_none(),
-        "records": records,
-        "head": head,
-        "first_bad": broken.as_ref().map(crate::audit::Broken::seq),
-        "why": broken.as_ref().map(ToString::to_string),
+    sink.finish().with_context(cannot)?;
+    let is_chain = filters.is_empty();
+    complain(&match (json.json, is_chain) {
+        (true, _) => serde_json::json!({ "records": count, "head": is_chain.then_some(head) }).to_string(),
+        (false, true) => format!("{count} records, head {head}"),
+        (false, false) => {
+            format!("{count} records by a filter: they are no chain, and cannot be verified as one")
+        }
     });
-    Ok(show_verdict(&state, json))
-}
-
-/// An export may begin in the middle of a chain; what lies before it cannot be checked, and is told by its `seq`.
-fn beginning(record: &Map<String, Value>) -> Result<Verifier> {
-    let seq = record.get("seq").and_then(Value::as_u64);
-    let prev = record.get("prev_hash").and_then(Value::as_str).and_then(crate::id::from_hex);
-    match (seq, prev.and_then(|prev| prev.try_into().ok())) {
-        (Some(1), _) => Ok(Verifier::default()),
-        (Some(seq), Some(prev)) => Ok(Verifier::from_record(seq, prev)),
-        (Some(_) | None, _) => bail!("the first line is no audit record"),
-    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn show_verdict(state: &Value, json: Json) -> ExitCode {

@@ -6,7 +6,7 @@ use crate::audit::{Decision, Entry, Event, RecordedOutcome};
 use crate::hold::{Facts, Hold};
 use crate::issuer::Issuer;
 use crate::key::{Constraint, Key, Rule};
-use crate::refusal::Refusal;
+use crate::refusal::{CapFigures, Refusal};
 use crate::time::UnixMs;
 
 /// A list of pairs as a JSON object; `None` when it is empty.
@@ -75,8 +75,22 @@ pub fn of_refusal(at: UnixMs, key: &Key, facts: &Facts, refusal: &Refusal, durat
         count: Some(1),
         usd: refusal.figures.as_ref().map(|figures| figures.requested.to_string()),
         duration_ms: Some(duration_ms),
+        detail: refusal.figures.as_deref().map(figures_of),
         ..of_request(at, Event::Refused, key, facts)
     }
+}
+
+/// The cap that a call ran into, as it was at that moment: later nobody could tell any more.
+fn figures_of(figures: &CapFigures) -> Map<String, Value> {
+    let CapFigures { cap, limit, spent, held, requested: _, resets_at } = figures;
+    let left = limit.saturating_sub(*spent).saturating_sub(*held);
+    let mut detail = Map::new();
+    detail.insert("cap".to_owned(), Value::from(cap.as_str()));
+    for (name, usd) in [("limit", *limit), ("spent", *spent), ("held", *held), ("remaining", left)] {
+        detail.insert(name.to_owned(), Value::from(usd.to_string()));
+    }
+    detail.extend(resets_at.map(|at| ("resets_at".to_owned(), Value::from(at.to_string()))));
+    detail
 }
 
 /// One event of an issuer key.

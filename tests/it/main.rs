@@ -29,6 +29,8 @@ mod context;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
+mod exported;
+#[cfg(test)]
 mod families;
 #[cfg(test)]
 mod faults;

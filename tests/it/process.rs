@@ -611,7 +611,7 @@ async fn the_log_can_be_followed_and_checked_elsewhere() {
     let (key, _) = sidecar.mint("50", json!({})).await;
     assert_eq!(sidecar.charge(&key, "k-1", 1000, "cus_9").await.status, 200);
     let records = sidecar.audit("events=all").await.len();
-    let mut tail = program(&env).args(["audit", "tail"]).spawn().unwrap();
+    let mut tail = program(&env).args(["audit", "tail", "--follow", "--json"]).spawn().unwrap();
     let lines = BufReader::new(tail.stdout.take().unwrap()).lines().take(records);
     let lines: Vec<String> = lines.map(Result::unwrap).collect();
     tail.kill().unwrap();

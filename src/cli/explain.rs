@@ -1,0 +1,134 @@
+//! `audit explain`: what was decided about a call or a request and why, record by record, in plain words.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use crate::audit::Entry;
+use crate::audit::words::sentences;
+use crate::cli::Json;
+use crate::cli::client::{Client, PAGE};
+use crate::cli::output::line;
+
+/// The fields by which somebody may know a call.
+const NAMES: &[&str] =
+    &["call_id", "hold_id", "request_id", "stripe_request_id", "object_id", "idempotency_key"];
+/// Those of them that `GET /audit` compares itself.
+const FILTERS: &[&str] = &["call_id", "object_id", "idempotency_key"];
+
+/// Records by their place in the log.
+type Found = BTreeMap<u64, Value>;
+
+/// Tells what a running sidecar has recorded.
+pub(super) async fn of_sidecar(client: &Client, id: &str, json: Json) -> Result<ExitCode> {
+    let mut found = Found::new();
+    for field in FILTERS {
+        keep(&mut found, records_of(client, field, id).await?);
+    }
+    if found.is_empty() {
+        found = scan(client, id).await?;
+    }
+    for call in calls_of(&found) {
+        keep(&mut found, records_of(client, "call_id", &call).await?);
+    }
+    show(id, &found, json)
+}
+
+/// Tells what an exported file says.
+pub(super) fn of_file(path: &Path, id: &str, json: Json) -> Result<ExitCode> {
+    let mut found = records_in(path, |record| is_named(record, id))?;
+    let calls = calls_of(&found);
+    // A second time for what the same calls say elsewhere, so that no file has to fit into memory.
+    found.extend(records_in(path, |record| {
+        record["call_id"].as_str().is_some_and(|call| calls.contains(call))
+    })?);
+    show(id, &found, json)
+}
+
+async fn records_of(client: &Client, field: &str, value: &str) -> Result<Vec<Value>> {
+    let query = [(field, value), ("events", "all")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+    client.list("/audit", &query, usize::MAX).await
+}
+
+/// Looks through the whole log, newest first, for what no filter finds. One request has one call, so the first page that
+/// names it is enough; a hold may have many.
+async fn scan(client: &Client, id: &str) -> Result<Found> {
+    let (mut found, mut cursor) = (Found::new(), None::<String>);
+    loop {
+        let mut query = vec![("events".to_owned(), "all".to_owned()), ("limit".to_owned(), PAGE.to_string())];
+        query.extend(cursor.map(|cursor| ("cursor".to_owned(), cursor)));
+        let page = client.get("/audit", &query).await?;
+        let records = page["data"].as_array().into_iter().flatten();
+        keep(&mut found, records.filter(|record| is_named(record, id)).cloned());
+        cursor = page["next_cursor"].as_str().map(str::to_owned);
+        if cursor.is_none() || (id.starts_with("req_") && !found.is_empty()) {
+            return Ok(found);
+        }
+    }
+}
+
+fn records_in(path: &Path, wanted: impl Fn(&Value) -> bool) -> Result<Found> {
+    let cannot = || format!("cannot read {}", path.display());
+    let mut found = Found::new();
+    for (at, text) in BufReader::new(File::open(path).with_context(cannot)?).lines().enumerate() {
+        let text = text.with_context(cannot)?;
+        if text.trim().is_empty() {
+            continue;
+        }
+        let record: Value =
+            serde_json::from_str(&text).with_context(|| format!("line {} is no record", at + 1))?;
+        if wanted(&record) {
+            keep(&mut found, [record]);
+        }
+    }
+    Ok(found)
+}
+
+fn is_named(record: &Value, id: &str) -> bool {
+    NAMES.iter().any(|field| record[*field] == id)
+}
+
+fn keep(found: &mut Found, records: impl IntoIterator<Item = Value>) {
+    found.extend(records.into_iter().filter_map(|record| Some((record["seq"].as_u64()?, record))));
+}
+
+fn calls_of(found: &Found) -> BTreeSet<String> {
+    found.values().filter_map(|record| record["call_id"].as_str().map(str::to_owned)).collect()
+}
+
+/// What a record says; a newer version may have events that this one has no words for.
+fn said_by(record: &Value) -> Vec<String> {
+    match serde_json::from_value::<Entry>(record.clone()) {
+        Ok(entry) => sentences(&entry),
+        Err(_) => vec!["This version of keybrake has no words for this record.".to_owned()],
+    }
+}
+
+fn show(id: &str, found: &Found, json: Json) -> Result<ExitCode> {
+    if found.is_empty() {
+        bail!("no record names {id}: give a call, a hold, a request, an object or an idempotency key");
+    }
+    if json.json {
+        let events: Vec<Value> =
+            found.values().map(|record| json!({ "record": record, "says": said_by(record) })).collect();
+        line(&json!({ "id": id, "events": events }).to_string());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut before = Vec::new();
+    for (seq, record) in found {
+        let text = |field: &str| record[field].as_str().unwrap_or("-").to_owned();
+        line(&format!("{}  {} of {}, record {seq}", text("at"), text("event"), text("call_id")));
+        let says = said_by(record);
+        // What the record before has said as well is no news.
+        for sentence in says.iter().filter(|sentence| !before.contains(*sentence)) {
+            line(&format!("    {sentence}"));
+        }
+        before = says;
+    }
+    Ok(ExitCode::SUCCESS)
+}
