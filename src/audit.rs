@@ -18,6 +18,8 @@
 //! Pure: no clock, no storage. Never in a record: a key, a card number, a body.
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions)]
 
+#[cfg(test)]
+mod properties;
 pub mod words;
 
 use serde::{Deserialize, Serialize};
@@ -481,7 +483,7 @@ impl Verifier {
 mod tests {
     use super::*;
 
-    fn chain(entries: &[Entry]) -> Vec<Sealed> {
+    pub(super) fn chain(entries: &[Entry]) -> Vec<Sealed> {
         let mut prev_hash = FIRST_PREV_HASH;
         (1..)
             .zip(entries)

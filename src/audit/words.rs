@@ -239,7 +239,7 @@ mod tests {
         Some(RecordedOutcome::None),
     ];
 
-    fn object(value: Value) -> Option<Map<String, Value>> {
+    fn object(value: &Value) -> Option<Map<String, Value>> {
         value.as_object().cloned()
     }
 
@@ -252,7 +252,7 @@ mod tests {
             key_id: text("vk_id_1"),
             issuer_id: text("ik_id_1"),
             label: text("kestra-cus_9"),
-            metadata: object(json!({"execution": "4Xy", "attempt": 2})),
+            metadata: object(&json!({"execution": "4Xy", "attempt": 2})),
             method: text("POST"),
             endpoint: text("/v1/charges"),
             code: text("spend_cap_exceeded"),
@@ -267,7 +267,7 @@ mod tests {
             count: Some(3),
             flags: Some(vec!["over_hold".to_owned()]),
             actor: text("admin"),
-            detail: object(json!({
+            detail: object(&json!({
                 "cap": "daily", "limit": "40.00", "spent": "20.00", "held": "5.00", "remaining": "15.00",
                 "reason": "looked it up", "budget": "july", "on": true, "account": "acct_1", "before": "then",
                 "after": "now", "was": "spent",
@@ -332,7 +332,8 @@ mod tests {
         let told = |entry: &Entry| sentences(entry).join(" ");
         let by_operator = told(&resolved);
         assert!(by_operator.contains("admin said so. The reason given: \"looked it up\"."), "{by_operator}");
-        let found = Entry { actor: None, detail: object(json!({"found_by": "GET /v1/charges"})), ..resolved };
+        let found =
+            Entry { actor: None, detail: object(&json!({"found_by": "GET /v1/charges"})), ..resolved };
         assert!(told(&found).contains("It was found at Stripe by GET /v1/charges."));
         let resent = Entry { detail: None, flags: Some(vec!["resend".to_owned()]), ..found };
         assert!(told(&resent).contains("sent again, says so."));

@@ -66,7 +66,7 @@ async fn every_record_of_a_request_says_where_it_came_from() {
     standin.fault(Fault::HoldAfter);
     let cut = [(EXECUTION, "4XyThird")];
     tokio::select! {
-        reply = charge(&sidecar, &key, "cut", "300", &cut) => panic!("an answer: {}", reply.text),
+        early = charge(&sidecar, &key, "cut", "300", &cut) => panic!("an answer: {}", early.text),
         () = standin.until_held(1) => {}
     }
     sidecar.kill();

@@ -98,6 +98,38 @@ def test_the_snippet_of_the_readme_charges_once(world: World) -> None:
     assert [money["amount"] for money in world.standin.executed("cus_9")] == [2999]
 
 
+def test_the_question_of_the_readme_knows_who_was_charged(world: World, customer: str) -> None:
+    """Its block is asked before and after a charge whose headers say which execution makes it."""
+    blocks = (REPO / "README.md").read_text().split("```python\n")[1:]
+    [block] = [block.split("```", 1)[0] for block in blocks if "def charged(" in block]
+    key = world.sidecar.issue("question")["vault_key"]
+    script = block.replace("https://localhost:8443", world.sidecar.url).replace("KEYBRAKE_ISSUER_KEY", "ANY_KEY")
+    assert "8443" not in script
+    asked = f"import httpx, os, ssl\nCA = {str(world.sidecar.ca)!r}\n{script}\nprint(charged({customer!r}, '2026-07'))"
+
+    def answer() -> str:
+        environment = clean_environment({"ANY_KEY": key})
+        done = subprocess.run(
+            [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert answer() == "set()"
+    world.client(key).v1.charges.create(
+        {"amount": 2999, "currency": "usd", "customer": customer, "source": "tok_visa"},
+        {
+            "idempotency_key": f"billing:2026-07:{customer}",
+            "headers": {"Keybrake-Context-Execution": "4XyAb", "Keybrake-Context-Original-Execution": "4XyAa"},
+        },
+    )
+    assert answer() == "{'spent'}"
+    [record] = world.sidecar.audit(**{"customer": customer, "metadata[execution]": "4XyAb"})
+    assert record["metadata"]["original_execution"] == "4XyAa"
+    sent = world.arrived(customer)
+    assert sent and not any("keybrake-context" in name for seen in sent for name in seen["headers"])
+
+
 @pytest.mark.parametrize("retries", [0, 2])
 def test_the_cap_is_a_rate_limit_error_that_no_sdk_retries(world: World, customer: str, retries: int) -> None:
     key = world.sidecar.issue("cap", daily_usd_cap="10.00")
