@@ -25,6 +25,7 @@ mod caps;
 mod catalogue;
 #[cfg(test)]
 mod collector;
+#[cfg(test)]
 mod context;
 #[cfg(test)]
 mod differential;
