@@ -196,7 +196,7 @@ fn filter(dice: &mut Dice, now_ms: u64) -> AuditFilter {
 #[test]
 fn the_index_finds_what_reading_everything_finds() {
     let mut answers = 0;
-    for seed in 0..10 {
+    for seed in 0..5 {
         let mut dice = Dice(seed);
         let (mut log, mut place, mut ms) = (Log::new(), 0, HOUR_MS);
         // Places next to each other, or far apart: within one zone, one block, or over many.
@@ -228,7 +228,7 @@ fn the_index_finds_what_reading_everything_finds() {
             }
         }
     }
-    assert!(answers > 3_000, "only {answers} rows were compared");
+    assert!(answers > 1_500, "only {answers} rows were compared");
 }
 
 #[test]
