@@ -1,11 +1,15 @@
 //! The central collector and the sidecars that ship to it, each a process of its own.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Duration, Instant, sleep};
 
+use crate::dice::Dice;
 use crate::standin::faults::Fault;
 use crate::standin::{Options, Standin};
 use crate::support::{PATIENCE, Reply, Sidecar, client, environment, free_port, run};
@@ -382,4 +386,175 @@ async fn a_batch_that_contradicts_is_refused_and_kept_as_evidence() {
 fn sha256(text: &str) -> String {
     use sha2::Digest as _;
     keybrake::id::hex(&sha2::Sha256::digest(text))
+}
+
+/// Sidecars and collector die at random moments while charges are made; in the end every executed charge has one call at
+/// the collector, with all of its events, and every chain is whole.
+#[tokio::test]
+async fn whatever_dies_every_executed_charge_has_one_call_at_the_collector() {
+    const ROUNDS: usize = 5;
+    let (standin, dirs) = (Standin::start(Options::default()), [tempfile::tempdir(), tempfile::tempdir()]);
+    let dirs = dirs.map(Result::unwrap);
+    let mut collector = Collector::start(&["a", "b"]).await;
+    let mut sidecars = [
+        collector.sidecar("a", &standin, dirs[0].path()).await,
+        collector.sidecar("b", &standin, dirs[1].path()).await,
+    ];
+    let keys =
+        [sidecars[0].mint("5000.00", json!({})).await.0, sidecars[1].mint("5000.00", json!({})).await.0];
+    let mut dice = Dice::new(11);
+    let mut names: Vec<(usize, String)> = Vec::new();
+    for round in 0..ROUNDS {
+        let mut charges = Vec::new();
+        for n in 0..24 {
+            let (at, name) = (n % 2, format!("r{round}-{n}"));
+            let sent = client()
+                .post(format!("{}/v1/charges", sidecars[at].base))
+                .bearer_auth(&keys[at])
+                .header("idempotency-key", &name)
+                .header("content-type", "application/x-www-form-urlencoded")
+                .body(format!("amount=100&currency=usd&customer=cus_{name}&source=tok_visa"))
+                .send();
+            charges.push(tokio::spawn(sent));
+            names.push((at, name));
+        }
+        sleep(Duration::from_millis(u64::try_from(dice.below(60)).unwrap())).await;
+        let victim = dice.below(3);
+        match victim {
+            0 | 1 => sidecars[victim].kill(),
+            _ => collector.process.kill(),
+        }
+        for charge in charges {
+            // Some callers lose their sidecar.
+            let _ = charge.await.unwrap();
+        }
+        match victim {
+            0 | 1 => sidecars[victim].restart().await,
+            _ => collector.process.restart().await,
+        }
+    }
+    for (at, name) in &names {
+        let since = Instant::now();
+        loop {
+            let again = sidecars[*at].charge(&keys[*at], name, 100, &format!("cus_{name}")).await;
+            if again.status == 200 {
+                break;
+            }
+            assert!(since.elapsed() < PATIENCE, "{name}: {}", again.text);
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+    for (sidecar, node) in sidecars.iter().zip(["a", "b"]) {
+        collector.has_all_of(sidecar, node).await;
+        let own = sidecar.audit("events=all").await;
+        let held = collector.records(&format!("events=all&node={node}")).await;
+        assert_eq!(held, own, "all records of {node}, each once and in order");
+    }
+    let mut executed: Vec<String> = standin.executed().iter().map(|one| one.object_id.clone()).collect();
+    let spent = collector.records("outcome=spent").await;
+    let mut told: Vec<String> =
+        spent.iter().map(|one| one["object_id"].as_str().unwrap_or_default().to_owned()).collect();
+    executed.sort();
+    told.sort();
+    assert_eq!((told, executed.len()), (executed.clone(), names.len()));
+    assert!(collector.is_whole().await);
+}
+
+/// A collector whose disk is full takes nothing and loses nothing.
+#[tokio::test]
+async fn a_collector_with_a_full_disk_gets_the_rest_when_there_is_room() {
+    let (standin, dir) = (Standin::start(Options::default()), tempfile::tempdir().unwrap());
+    let mut collector = Collector::start(&["a"]).await;
+    let sidecar = collector.sidecar("a", &standin, dir.path()).await;
+    let fat: serde_json::Map<_, _> = (0..20).map(|n| (format!("m{n}"), json!("x".repeat(500)))).collect();
+    let (key, _) = sidecar.mint("5000.00", json!({"metadata": fat})).await;
+    collector.has_all_of(&sidecar, "a").await;
+    assert!(collector.process.terminate().success());
+    let data = collector.dir.path().join("data/collector.redb");
+    let kib = std::fs::metadata(&data).unwrap().len() / 1_024;
+    let env = collector.process.env().clone();
+    let mut command = std::process::Command::new("sh");
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" collect", kib * 2);
+    command.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_keybrake")).env_clear().envs(&env);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut full = Sidecar::spawn_by(&mut command, env);
+    full.ready().await;
+    let since = Instant::now();
+    let mut charged = 0;
+    while !full.log().contains("records cannot be kept") {
+        assert_eq!(sidecar.charge(&key, &format!("n-{charged}"), 100, "cus_1").await.status, 200);
+        charged += 1;
+        assert!(since.elapsed() < PATIENCE, "the disk is never full: {}", full.log());
+    }
+    full.kill();
+    collector.process.restart().await;
+    collector.has_all_of(&sidecar, "a").await;
+    let spent = collector.records("outcome=spent").await;
+    assert_eq!((spent.len(), collector.is_whole().await), (charged, true));
+}
+
+/// Reads one request, answers it with 200 and closes.
+async fn take_one(mut stream: tokio::net::TcpStream) -> (String, Vec<u8>) {
+    let mut text = Vec::new();
+    loop {
+        let end = text.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4);
+        if let Some(end) = end {
+            let head = String::from_utf8(text[..end].to_vec()).unwrap();
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+            if text.len() >= end + length.unwrap_or(0_usize) {
+                stream
+                    .write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                    .await
+                    .unwrap();
+                return (head, text.split_off(end));
+            }
+        }
+        assert_ne!(stream.read_buf(&mut text).await.unwrap(), 0, "cut off");
+    }
+}
+
+/// Any log store takes the records as lines, packed, with a bearer; a 2xx takes them.
+#[tokio::test]
+async fn a_log_store_gets_lines_that_verify() {
+    let (standin, dir) = (Standin::start(Options::default()), tempfile::tempdir().unwrap());
+    let store = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = store.local_addr().unwrap();
+    let (taken, mut batches) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = store.accept().await.unwrap();
+            let _ = taken.send(take_one(stream).await);
+        }
+    });
+    let mut env = environment(standin.addr(), dir.path());
+    for (name, value) in [
+        ("COLLECTOR_URL", format!("http://{address}/in/keybrake")),
+        ("COLLECTOR_TOKEN", "any".to_owned()),
+        ("COLLECTOR_FORMAT", "ndjson".to_owned()),
+    ] {
+        env.insert(format!("KEYBRAKE_{name}"), value);
+    }
+    let mut sidecar = Sidecar::spawn(env);
+    sidecar.ready().await;
+    let (key, _) = sidecar.mint("50.00", json!({})).await;
+    assert_eq!(sidecar.charge(&key, "one", 1000, "cus_1").await.status, 200);
+    let own = sidecar.audit("events=all").await;
+    let mut lines = String::new();
+    while lines.lines().count() < own.len() {
+        let (head, body) = tokio::time::timeout(PATIENCE, batches.recv()).await.unwrap().unwrap();
+        assert!(head.starts_with("POST /in/keybrake HTTP/1.1\r\n"), "{head}");
+        for told in
+            ["authorization: bearer any", "content-encoding: gzip", "content-type: application/x-ndjson"]
+        {
+            assert!(head.to_lowercase().contains(told), "{head}");
+        }
+        flate2::read::GzDecoder::new(body.as_slice()).read_to_string(&mut lines).unwrap();
+    }
+    let export = dir.path().join("export.ndjson");
+    std::fs::write(&export, &lines).unwrap();
+    let (code, told, _) = run(&BTreeMap::new(), &["audit", "verify", "--file", export.to_str().unwrap()]);
+    assert_eq!(code, 0, "{told}");
+    assert!(told.contains(&format!("{} records", own.len())), "{told}");
+    let refused = sidecar.admin("GET", "/audit?fleet=true", None).await;
+    assert_eq!(refused.verdict(), (400, "parameter_invalid"), "{}", refused.text);
 }
