@@ -17,15 +17,17 @@ use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::Path as FilePath;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::body::{Bytes, to_bytes};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use flate2::read::GzDecoder;
 use serde_json::{Map, Value, json};
+use tokio::sync::Semaphore;
 
 use crate::admin::query::Asked;
 use crate::admin::records::records_answer;
@@ -42,6 +44,10 @@ const BATCH_BYTES_MAX: usize = 4 << 20;
 const UNPACKED_BYTES_MAX: u64 = 32 << 20;
 /// Two ledgers of one account that both sent something within so long serve it side by side.
 const BESIDE_MS: u64 = DAY_MS;
+/// Batches that are read and unpacked at one time; the next ones are told to come again.
+pub const BATCHES_AT_ONCE: usize = 16;
+/// How long the body of a batch may take.
+const BODY_TIMEOUT_MS: u64 = 30_000;
 /// Chains that one answer lists.
 const CHAINS_SHOWN_MAX: usize = 10_000;
 /// Refused batches that one answer shows.
@@ -95,6 +101,8 @@ pub struct Collector {
     pub tokens: RwLock<Vec<NodeToken>>,
     /// Who may ask.
     pub query_key: RwLock<Option<Secret>>,
+    /// Room for batches that are read and unpacked at one time.
+    pub room: Semaphore,
     /// The clock.
     pub clock: Clock,
 }
@@ -218,7 +226,6 @@ pub fn router(collector: Arc<Collector>) -> Router {
         .route("/audit/verify", get(verify))
         .route("/audit/evidence", get(evidence))
         .fallback(unknown_path)
-        .layer(DefaultBodyLimit::max(BATCH_BYTES_MAX))
         .with_state(collector)
 }
 
@@ -226,8 +233,20 @@ async fn unknown_path() -> No {
     No(StatusCode::NOT_FOUND, "not_found", "There is nothing at this path.".to_owned(), Map::new())
 }
 
-async fn take(State(collector): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let node = collector.node(&headers)?;
+async fn take(State(collector): Shared, request: Request) -> Answer {
+    // Nobody else's body is read.
+    let (head, body) = request.into_parts();
+    let (node, headers) = (collector.node(&head.headers)?, head.headers);
+    let busy = |_| {
+        let message = "Too many batches at once; send it again.".to_owned();
+        No(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message, Map::new())
+    };
+    let _room = collector.room.try_acquire().map_err(busy)?;
+    let body = tokio::time::timeout(Duration::from_millis(BODY_TIMEOUT_MS), to_bytes(body, BATCH_BYTES_MAX));
+    let body = body.await.ok().and_then(Result::ok).ok_or_else(|| {
+        let message = "The body is larger than 4 MiB, or did not come.".to_owned();
+        No(StatusCode::BAD_REQUEST, "batch_unreadable", message, Map::new())
+    })?;
     let body = unpacked(&headers, &body)?;
     let batch = tokio::task::spawn_blocking(move || chain::read(&body)).await;
     let batch: Batch = batch.unwrap_or(Err(Refused::Unreadable(1))).map_err(StoreError::from)?;

@@ -127,7 +127,7 @@ pub async fn run(
     spawn_fx_look(&sidecar, &config, &stop);
     spawn_recovery(&sidecar, &stop);
     let shipping = spawn_shipping(&sidecar, &config, &stop).await?;
-    spawn_reload(&sidecar, reload, hangup, &stop);
+    spawn_reload(&sidecar, &config, reload, hangup, &stop);
     let elsewhere = spawn_settling(&sidecar, configured, settled);
     let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
     let ops_listeners = Listeners::bind(&config.ops_listen).await.context("cannot listen (OPS_LISTEN)")?;
@@ -389,6 +389,7 @@ async fn wait_or_stop(wait_ms: u64, stop: &CancellationToken) -> bool {
 /// On SIGHUP every file is read again: certificates and keys.
 fn spawn_reload(
     sidecar: &Sidecar,
+    config: &Config,
     mut reload: impl FnMut() -> Option<Config> + Send + 'static,
     mut hangup: tokio::sync::mpsc::Receiver<()>,
     stop: &CancellationToken,
@@ -398,6 +399,7 @@ fn spawn_reload(
         (Arc::clone(&sidecar.admin), Arc::clone(&sidecar.forwarder), sidecar.tls.clone());
     let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
     let fx = Arc::clone(&sidecar.fx);
+    let collector = config.collector.as_ref().map(|collector| collector.target.clone());
     tokio::spawn(async move {
         loop {
             tokio::select! {
@@ -411,6 +413,9 @@ fn spawn_reload(
             }
             if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
+            }
+            if let (Some(running), Some(read)) = (&collector, &config.collector) {
+                running.take_token_of(&read.target);
             }
             fx.set(config.fx);
             admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);

@@ -7,7 +7,7 @@
 //! operator accepts the loss: a new chain begins.
 
 use std::io::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use flate2::Compression;
@@ -63,10 +63,27 @@ pub enum Format {
 pub struct Target {
     /// The address, without a slash at its end.
     pub url: String,
-    /// The bearer.
-    pub token: Secret,
+    /// The bearer; another one after it was read again.
+    pub token: Arc<RwLock<Secret>>,
     /// How.
     pub format: Format,
+}
+
+impl Target {
+    fn bearer(&self) -> String {
+        self.token.read().unwrap_or_else(PoisonError::into_inner).expose().to_owned()
+    }
+
+    /// Takes over a bearer that was read again.
+    pub fn take_token_of(&self, other: &Self) {
+        let fresh = other.token.read().unwrap_or_else(PoisonError::into_inner).clone();
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+    }
+
+    /// A request with the bearer.
+    pub fn signed(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
+        request.bearer_auth(self.bearer())
+    }
 }
 
 /// How far the shipping is, for probes and metrics.
@@ -317,7 +334,7 @@ impl Shipper {
 
     /// A JSON answer of 2xx. Of a refusal, the error object is told where there is one.
     async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Value, Trouble> {
-        let sending = request.bearer_auth(self.target.token.expose()).send();
+        let sending = self.target.signed(request).send();
         let silent = |error: reqwest::Error| Trouble::Silent(error.without_url().to_string());
         let answer = sending.await.map_err(silent)?;
         let status = answer.status();
@@ -361,7 +378,7 @@ impl Fleet {
         };
         let query = crate::vendor::stripe::form::serialise(query);
         let asked = self.http.get(format!("{}/audit?{query}", self.target.url)).header("accept", accept);
-        let answer = asked.bearer_auth(self.target.token.expose()).send().await.map_err(silent)?;
+        let answer = self.target.signed(asked).send().await.map_err(silent)?;
         let (status, headers) = (answer.status(), answer.headers().clone());
         let body = answer.text().await.map_err(silent)?;
         let header = |name: &str| headers.get(name).cloned();

@@ -182,7 +182,7 @@ async fn collector(config: &Config) -> Finding {
     let Some(collector) = &config.collector else {
         return finding("collector", Verdict::Note, "none: audit records stay on this machine");
     };
-    let Target { url, token, format } = &collector.target;
+    let Target { url, format, .. } = &collector.target;
     if *format == Format::Ndjson {
         return finding("collector", Verdict::Note, format!("{url}: a log store, which cannot be asked"));
     }
@@ -192,7 +192,7 @@ async fn collector(config: &Config) -> Finding {
         Ok(client) => client,
         Err(error) => return finding("collector", Verdict::Bad, format!("COLLECTOR_CA_FILE: {error:#}")),
     };
-    let asked = client.get(format!("{url}/collect/v1/chains/none")).bearer_auth(token.expose());
+    let asked = collector.target.signed(client.get(format!("{url}/collect/v1/chains/none")));
     match asked.send().await {
         Ok(answer) if answer.status().is_success() => {
             finding("collector", Verdict::Good, format!("{url} takes this node's token"))

@@ -121,13 +121,15 @@ struct Pages<'a> {
     client: &'a Client,
     query: Vec<(String, String)>,
     cursor: Option<String>,
+    /// Records behind the cursor that were given out: the last page names none to go on from.
+    given: usize,
 }
 
 impl<'a> Pages<'a> {
     fn new(client: &'a Client, filters: &[(String, String)]) -> Self {
         let fixed = [("events", "all"), ("order", "asc"), ("limit", &PAGE.to_string())]
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Self { client, query: [filters, fixed.as_slice()].concat(), cursor: None }
+        Self { client, query: [filters, fixed.as_slice()].concat(), cursor: None, given: 0 }
     }
 
     /// The next records, and whether there are more already.
@@ -135,11 +137,16 @@ impl<'a> Pages<'a> {
         let mut query = self.query.clone();
         query.extend(self.cursor.clone().map(|cursor| ("cursor".to_owned(), cursor)));
         let mut page = self.client.get("/audit", &query).await?;
-        let records = page["data"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        let mut records = page["data"].as_array_mut().map(std::mem::take).unwrap_or_default();
+        let on_page = records.len();
+        records.drain(..self.given.min(on_page));
         let next = page["next_cursor"].as_str().map(str::to_owned);
-        let last = records.last().and_then(|record| record["seq"].as_u64()).map(|seq| seq.to_string());
         let has_more = next.is_some();
-        self.cursor = next.or(last).or(self.cursor.take());
+        if has_more {
+            (self.cursor, self.given) = (next, 0);
+        } else {
+            self.given = on_page;
+        }
         Ok((records, has_more))
     }
 }
@@ -183,7 +190,8 @@ async fn export(
         }
     }
     sink.finish().with_context(cannot)?;
-    let is_chain = filters.is_empty();
+    // A collector has many chains, and one of them is a chain too.
+    let is_chain = filters.iter().all(|(name, _)| name == "chain_id");
     complain(&match (json.json, is_chain) {
         (true, _) => serde_json::json!({ "records": count, "head": is_chain.then_some(head) }).to_string(),
         (false, true) => format!("{count} records, head {head}"),

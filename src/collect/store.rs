@@ -40,6 +40,8 @@ const DROP_ROWS: usize = 5_000;
 const DROP_EVERY_MS: u64 = 60_000;
 /// Refused batches that are kept; of the next ones only the chain's mark tells.
 const EVIDENCE_MAX: u64 = 1_000;
+/// Records of such a batch that are kept, from the first that contradicts.
+const EVIDENCE_RECORDS_MAX: usize = 20;
 /// Chains that are kept. A new one beyond is refused: each start of a sidecar that lost its volume makes one.
 const CHAINS_MAX: usize = 100_000;
 
@@ -495,7 +497,8 @@ fn keep_evidence(
         return Ok(());
     }
     let last = table.last()?.map_or(0, |(number, _)| number.value());
-    let records: Vec<Value> = batch.records.iter().map(|one| Value::Object(one.sealed.to_json())).collect();
+    let from = batch.records.iter().skip_while(|one| one.seq < seq).take(EVIDENCE_RECORDS_MAX);
+    let records: Vec<Value> = from.map(|one| Value::Object(one.sealed.to_json())).collect();
     // The same batch comes again with every try.
     let digest = hex(&batch.records.last().map(|one| one.sealed.hash).unwrap_or_default());
     let is_known = table.last()?.is_some_and(|(_, bytes)| {

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -223,7 +224,10 @@ impl Check {
                 "needs 32 printable ASCII characters or more, as in the collector's file",
             );
         }
-        Some(CollectorConfig { target: Target { url, token: Secret::new(token), format }, ca_file })
+        Some(CollectorConfig {
+            target: Target { url, token: Arc::new(RwLock::new(Secret::new(token))), format },
+            ca_file,
+        })
     }
 
     /// An origin; for a log store with a path.

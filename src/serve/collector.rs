@@ -9,13 +9,14 @@ use axum::body::Body as AxumBody;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
 use super::{RENEW_LOOK_MS, Stopped, make_private_dir, wait_or_stop, wall_clock};
 use crate::collect::ops::CollectorOps;
 use crate::collect::store::Store;
-use crate::collect::{self, Collector, file_in};
+use crate::collect::{self, BATCHES_AT_ONCE, Collector, file_in};
 use crate::config::CollectConfig;
 use crate::server::{self, Limits, Listeners, ReplyBody};
 use crate::time::Clock;
@@ -45,6 +46,7 @@ pub async fn run(
         store: store.clone(),
         tokens: RwLock::new(config.tokens.clone()),
         query_key: RwLock::new(config.query_key.clone()),
+        room: Semaphore::new(BATCHES_AT_ONCE),
         clock: Clock::System,
     });
     let stop = CancellationToken::new();

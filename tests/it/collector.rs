@@ -171,6 +171,14 @@ async fn tokens_open_what_is_theirs(collector: &Collector) {
     assert!(told.contains("cus_2") && !told.contains("cus_1"), "{told}");
     let (code, told, _) = run(&env, &["audit", "verify"]);
     assert_eq!((code, told.starts_with("whole")), (0, true), "{told}");
+    let chain = collector.node("b").await["chains"][0].clone();
+    let of_chain = format!("chain_id={}", chain["chain_id"].as_str().unwrap());
+    let file = collector.dir.path().join("export.ndjson").display().to_string();
+    let (code, _, told) = run(&env, &["audit", "export", &of_chain, "--out", &file]);
+    let head = chain["head"].as_str().unwrap();
+    assert!(code == 0 && told.contains(head), "{told}");
+    let (code, told, _) = run(&BTreeMap::new(), &["audit", "verify", "--file", &file, "--head", head]);
+    assert_eq!(code, 0, "{told}");
 }
 
 #[tokio::test]
