@@ -38,8 +38,9 @@ test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
 	@sh tests/fuzz/run.sh
 
-bench: ## queries of the audit log over 1,000 records and over a million (KEYBRAKE_BENCH_RECORDS), and their ratio
+bench: ## queries of the audit log over 1,000 records and a million (KEYBRAKE_BENCH_RECORDS); a collector of 100 nodes
 	cargo bench --locked --bench audit
+	cargo bench --locked --bench collect
 
 lint: ## formatting, clippy and rustdoc, warnings as errors
 	cargo fmt --check
