@@ -581,7 +581,6 @@ mod tests {
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("sk_live_ ")),
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("")),
             ("KEYBRAKE_LEDGER_URL", marked("postgres://a:b@c/")),
-            ("KEYBRAKE_COLLECTOR_URL", "https://collector:8444".to_owned()),
             ("KEYBRAKE_COLLECTOR_TOKEN", marked("")),
             // In the wrong place.
             ("KEYBRAKE_LISTEN", marked("sk_live_")),
@@ -593,7 +592,14 @@ mod tests {
             assert!(!format!("{errors:?}").contains("HUSH"), "{errors:?}");
         }
         let admin = marked(ADMIN);
-        let config = read(&[("KEYBRAKE_ADMIN_KEY", &admin), ("KEYBRAKE_STRIPE_SECRET_KEY", "rk_test_HUSH")]);
+        let token = marked("token-of-a-node-0123456789abcdef-0123");
+        let config = read(&[
+            ("KEYBRAKE_ADMIN_KEY", &admin),
+            ("KEYBRAKE_STRIPE_SECRET_KEY", "rk_test_HUSH"),
+            ("KEYBRAKE_COLLECTOR_URL", "https://collector:8444"),
+            ("KEYBRAKE_COLLECTOR_TOKEN", &token),
+        ]);
+        assert!(config.collector.is_some());
         assert!(!format!("{config:?} {config:#?}").contains("HUSH"));
     }
 

@@ -29,7 +29,7 @@
 //! 9. `proxy/reply.rs` writes the answer: Stripe's own, or a refusal of the same shape ([`refusal`]).
 //!
 //! After a crash, holds whose bytes may have left are *doubts*: they count, and only a definite answer, Stripe's own
-//! record or an operator ends them.
+//! record or an operator ends them. [`ship`] sends the log on to a [`collect`]or, which nothing waits for.
 //!
 //! # Rooms, in reading order; dependencies run one way, downwards
 //!
@@ -38,8 +38,8 @@
 //! | 0 words | [`money`] [`id`] [`time`] [`secret`] [`refusal`] | nothing of each other's business |
 //! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
 //! | 2 ledger | [`journal`] [`ledger`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores; `writer` commits in batches |
-//! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`telemetry`] | the outside world |
-//! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] | one request each; doubts |
+//! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`disk`] [`telemetry`] | the outside world |
+//! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] [`ship`] [`collect`] | one request each; doubts; the log on its way to the collector, and the collector |
 //! | 5 settings | [`config`] | the environment, read once and checked whole |
 //! | 6 program | [`serve`] [`cli`] | how it is put together, started and asked |
 //!

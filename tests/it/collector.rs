@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant, sleep};
 use crate::dice::Dice;
 use crate::standin::faults::Fault;
 use crate::standin::{Options, Standin};
-use crate::support::{PATIENCE, Reply, Sidecar, client, environment, free_port, run};
+use crate::support::{PATIENCE, Reply, STRIPE_KEY, Sidecar, client, environment, free_port, run};
 
 const QUERY_KEY: &str = "query-key-of-the-tests-0123456789abcdef";
 
@@ -138,6 +138,42 @@ async fn records_of_all_nodes_arrive_once_and_can_be_asked_for() {
     assert!(warned.contains("served by the ledger of b too"), "{warned}");
     fleet_is_asked_within_bounds(&first, &key).await;
     tokens_open_what_is_theirs(&collector).await;
+    the_doctor_looks_at_the_collector(&first);
+    no_secret_is_told(&collector, &first, &[&key, &token("a"), QUERY_KEY, STRIPE_KEY]).await;
+}
+
+fn the_doctor_looks_at_the_collector(sidecar: &Sidecar) {
+    let told = |env: &BTreeMap<String, String>| {
+        let (_, told, complaint) = run(env, &["doctor", "--json"]);
+        let told: Value = serde_json::from_str(&told).unwrap_or_else(|_| panic!("{told}{complaint}"));
+        let all = told["findings"].as_array().unwrap().clone();
+        all.into_iter().find(|one| one["check"] == "collector").unwrap()
+    };
+    let mut env = sidecar.env().clone();
+    assert_eq!(told(&env)["verdict"], "ok", "{}", told(&env));
+    env.insert("KEYBRAKE_COLLECTOR_TOKEN".to_owned(), token("nobody"));
+    assert!(told(&env)["told"].as_str().unwrap().contains("does not know COLLECTOR_TOKEN"), "{}", told(&env));
+    env.insert("KEYBRAKE_COLLECTOR_URL".to_owned(), "http://127.0.0.1:9".to_owned());
+    assert!(told(&env)["told"].as_str().unwrap().contains("does not answer"), "{}", told(&env));
+    env.retain(|name, _| !name.starts_with("KEYBRAKE_COLLECTOR_"));
+    assert_eq!(told(&env)["verdict"], "note", "{}", told(&env));
+}
+
+/// Logs, metrics and records of both programs, at the most talkative level of their own.
+async fn no_secret_is_told(collector: &Collector, sidecar: &Sidecar, secrets: &[&str]) {
+    let text = async |url: String| client().get(url).send().await.unwrap().text().await.unwrap();
+    let seen = [
+        collector.process.log(),
+        sidecar.log(),
+        text(format!("{}/metrics", collector.process.ops)).await,
+        text(format!("{}/metrics", sidecar.ops)).await,
+        collector.get("/audit?events=all&limit=1000").await.text,
+        collector.get("/audit/nodes").await.text,
+    ];
+    assert!(seen[2].contains("keybrake_collect_records{node=\"a\"}"), "{}", seen[2]);
+    for secret in secrets {
+        assert!(seen.iter().all(|text| !text.contains(secret)), "{secret} is told");
+    }
 }
 
 /// Through a sidecar: the admin sees all nodes, a vault key the records of its label.
