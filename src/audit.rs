@@ -144,7 +144,7 @@ pub struct Entry {
     /// How many equal events this one record stands for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u64>,
-    /// Remarks: `over_hold`, `restart`, `resend`.
+    /// Remarks: `over_hold`, `restart`, `resend`, `others` (refusals that are not told apart any more).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flags: Option<Vec<String>>,
     /// Who did it, for admin events.

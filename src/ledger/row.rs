@@ -14,7 +14,7 @@
 //! | `objects` | Stripe account (empty for one's own), object id | hold id |
 //! | `counters` | subject kind, subject id, day (0 for all), lane | [`crate::ledger::counter::Counter`] |
 //! | `due` | instant (ms), kind, id | nothing: when to look at it again |
-//! | `refusals` | key id, code and what it was about, minute | [`RefusalRow`]: equal refusals that are not recorded one by one |
+//! | `refusals` | key id, code and what it was about, minute | [`RefusalRow`]: equal refusals that are not recorded one by one; without a code, how many are told apart |
 //!
 //! The audit log has tables of its own beside them, by `seq`: [`crate::journal`].
 //!

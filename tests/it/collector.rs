@@ -504,6 +504,26 @@ async fn whatever_dies_every_executed_charge_has_one_call_at_the_collector() {
     assert!(collector.is_whole().await);
 }
 
+/// A collector whose volume is lost gets again what its sidecars still have.
+#[tokio::test]
+async fn a_collector_that_lost_everything_is_filled_again() {
+    let (standin, dir) = (Standin::start(Options::default()), tempfile::tempdir().unwrap());
+    let mut collector = Collector::start(&["a"]).await;
+    let sidecar = collector.sidecar("a", &standin, dir.path()).await;
+    let (key, _) = sidecar.mint("50.00", json!({})).await;
+    assert_eq!(sidecar.charge(&key, "one", 1000, "cus_1").await.status, 200);
+    collector.has_all_of(&sidecar, "a").await;
+    collector.process.kill();
+    std::fs::remove_dir_all(collector.dir.path().join("data")).unwrap();
+    collector.process.restart().await;
+    assert_eq!(sidecar.charge(&key, "two", 1000, "cus_1").await.status, 200);
+    collector.has_all_of(&sidecar, "a").await;
+    assert_eq!(collector.records("events=all").await, sidecar.audit("events=all").await);
+    let node = collector.node("a").await;
+    assert_eq!((&node["chains"][0]["state"], sidecar.readyz().await), (&json!("whole"), 200), "{node}");
+    assert!(collector.is_whole().await);
+}
+
 /// A collector whose disk is full takes nothing and loses nothing.
 #[tokio::test]
 async fn a_collector_with_a_full_disk_gets_the_rest_when_there_is_room() {

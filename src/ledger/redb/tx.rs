@@ -27,6 +27,11 @@ use crate::time::UnixMs;
 /// One minute, the window in which equal refusals are counted together.
 pub(super) const MINUTE_MS: u64 = 60_000;
 
+/// Refusals of one key in one minute that are told apart; a script that never asks the same twice must not fill the log.
+const REFUSALS_TOLD_MAX: u64 = 30;
+/// The row of the others.
+const OTHERS: &str = "others";
+
 /// The end of the audit chain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
@@ -567,14 +572,27 @@ impl<'t> Tx<'t> {
         duration_ms: u64,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        let equal = format!("{}:{}", refusal.code.as_str(), hex(&subject_of(facts)));
-        let place = (key.id.as_bytes(), equal.as_str(), now.millis() / MINUTE_MS);
-        let entry = entry::of_refusal(now, key, facts, refusal, duration_ms);
-        let before: Option<RefusalRow> = {
-            let table = self.txn.open_table(REFUSALS)?;
-            let found = table.get(place)?;
-            found.map(|bytes| row::decode(bytes.value())).transpose()?
-        };
+        let minute = now.millis() / MINUTE_MS;
+        let mut equal = format!("{}:{}", refusal.code.as_str(), hex(&subject_of(facts)));
+        let mut entry = entry::of_refusal(now, key, facts, refusal, duration_ms);
+        let mut before = self.refusals(key.id, &equal, minute)?;
+        if before.is_none() {
+            let told = self.refusals(key.id, "", minute)?.map_or(0, |row| row.count);
+            if told < REFUSALS_TOLD_MAX {
+                let row = RefusalRow { count: told.saturating_add(1), entry: String::new() };
+                let place = (key.id.as_bytes(), "", minute);
+                self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
+            } else {
+                OTHERS.clone_into(&mut equal);
+                // Of all that they were about, only what they have in common is told.
+                let (request_id, method) = (facts.request_id.clone(), facts.method.clone());
+                let common = Facts { request_id, method, ..Facts::default() };
+                entry = entry::of_refusal(now, key, &common, refusal, duration_ms);
+                entry.flags = Some(vec![OTHERS.to_owned()]);
+                before = self.refusals(key.id, &equal, minute)?;
+            }
+        }
+        let place = (key.id.as_bytes(), equal.as_str(), minute);
         let row = match before {
             None => {
                 self.append(&entry)?;
@@ -588,6 +606,12 @@ impl<'t> Tx<'t> {
         self.wrote = true;
         self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
         Ok(())
+    }
+
+    fn refusals(&self, key: KeyId, equal: &str, minute: u64) -> Result<Option<RefusalRow>, LedgerError> {
+        let table = self.txn.open_table(REFUSALS)?;
+        let found = table.get((key.as_bytes(), equal, minute))?;
+        found.map(|bytes| row::decode(bytes.value())).transpose()
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {

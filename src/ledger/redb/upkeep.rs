@@ -54,7 +54,8 @@ impl Tx<'_> {
             }
         }
         for (id, code, minute, refusals) in over {
-            if refusals.count > 0 {
+            // That of how many are told apart has none.
+            if refusals.count > 0 && !refusals.entry.is_empty() {
                 let entry: Entry =
                     serde_json::from_str(&refusals.entry).map_err(|_| LedgerError::Corrupt("refusal"))?;
                 self.append(&Entry { at: now.to_string(), count: Some(refusals.count), ..entry })?;

@@ -4,15 +4,17 @@ use std::sync::Arc;
 
 use keybrake::audit::{Entry, Event};
 use keybrake::call::Outcome;
-use keybrake::hold::Lane;
+use keybrake::hold::{Facts, Lane};
 use keybrake::ledger::query::AuditFilter;
 use keybrake::ledger::{Admitted, Ledger, LedgerError, Ticked};
+use keybrake::refusal::{Code, Refusal};
 use keybrake::time::DAY_MS;
 use redb::{Database, TableDefinition};
+use serde_json::{Value, json};
 
 use crate::ledger::backend::File;
 use crate::ledger::suite::conformance;
-use crate::ledger::world::{Ask, Place, World, usd};
+use crate::ledger::world::{Ask, Place, START, World, admin, usd};
 
 /// A ledger in memory, so that the suite costs no syncs.
 fn in_memory() -> Place {
@@ -217,5 +219,97 @@ async fn a_tick_does_not_do_everything_at_once() {
         assert_eq!(world.log().len(), kept);
         assert_eq!([found(&world, 0), found(&world, 599)], [0, 1]);
     }
+    world.check();
+}
+
+/// What no collector has acknowledged is kept, however old.
+#[tokio::test]
+async fn old_records_wait_for_the_collector() {
+    let mut world = World::new(in_memory());
+    let ships = |opening: &mut keybrake::ledger::Opening| (opening.audit_days, opening.ships) = (10, true);
+    world.restart_with(ships).unwrap();
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let all = world.log();
+    world.pass(20 * DAY_MS);
+    world.ledger().tick().await.unwrap();
+    assert_eq!(world.log(), all, "nobody has them");
+    world.ledger().shipped(2).await.unwrap();
+    world.restart_with(ships).unwrap();
+    world.ledger().tick().await.unwrap();
+    assert_eq!(world.log(), all[2..], "the first two are elsewhere");
+    world.check();
+}
+
+/// A chain that follows another one in the same ledger is verified over to it, stored and exported.
+#[tokio::test]
+async fn a_loss_is_accepted_once_and_a_new_chain_follows() {
+    let mut world = World::new(in_memory());
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let fresh = |n: u8| keybrake::id::LedgerId::new(START, [n; 10]);
+    let accept = async |world: &World, n| {
+        world.ledger().accept_loss(fresh(n), "a test".to_owned(), admin()).await.unwrap()
+    };
+    assert!(!accept(&world, 1).await, "nothing is lost");
+    world.ledger().note_loss(99).await.unwrap();
+    let lost = world.admit(key, &Ask::charge("b", 100)).await;
+    assert!(matches!(lost, Err(LedgerError::Lost)), "{lost:?}");
+    world.restart();
+    let lost = world.admit(key, &Ask::charge("a", 100)).await;
+    assert!(matches!(lost, Err(LedgerError::Lost)), "{lost:?}");
+    assert!(accept(&world, 2).await && !accept(&world, 3).await);
+    world.restart();
+    world.charged(key, "b", 100).await;
+    let log = world.log();
+    let seqs: Vec<u64> = log.iter().map(|record| record["seq"].as_u64().unwrap()).collect();
+    assert_eq!(seqs, [1, 2, 3, 4, 1, 2, 3]);
+    assert_eq!(
+        (&log[4]["chain_id"], &log[4]["ledger_id"]),
+        (&json!(fresh(2).to_string()), &log[0]["ledger_id"])
+    );
+    assert_eq!(
+        log[4]["detail"]["before"],
+        json!({"chain_id": log[0]["chain_id"], "seq": 4, "collector_seq": 99})
+    );
+    world.check();
+    let mut exported = keybrake::audit::Verifier::default();
+    for record in &log {
+        exported.follow_json(record).unwrap();
+    }
+    assert_eq!(exported.records(), 7);
+    let mut cut = keybrake::audit::Verifier::default();
+    let broken =
+        log.iter().enumerate().filter(|(at, _)| *at != 3).try_for_each(|(_, record)| cut.follow_json(record));
+    assert!(broken.is_err(), "the old chain's end is missing");
+}
+
+/// A script that never asks the same twice does not fill the log.
+#[tokio::test]
+async fn refusals_of_one_key_are_told_apart_within_bounds() {
+    let world = World::new(in_memory());
+    let key = world.key("k", |_| ()).await;
+    let refused = async |n: u64| {
+        let customer = Some(format!("cus_{n}"));
+        let facts =
+            Facts { request_id: format!("req_{n}"), method: "POST".to_owned(), customer, ..Facts::default() };
+        let no = Refusal::new(Code::EndpointNotAllowed, "no");
+        world.ledger().refused(key, facts, no, 3).await.unwrap();
+    };
+    let before = world.log().len();
+    for n in 0..100 {
+        refused(n).await;
+    }
+    assert_eq!(world.log().len() - before, 31, "thirty, and the first of the others");
+    refused(5).await;
+    world.pass(60_000);
+    world.ledger().tick().await.unwrap();
+    let log = world.log();
+    let counted: Vec<(&Value, &Value, &Value)> =
+        log[before + 31..].iter().map(|one| (&one["count"], &one["customer"], &one["flags"])).collect();
+    let told = [(&json!(1), &json!("cus_5"), &Value::Null), (&json!(69), &Value::Null, &json!(["others"]))];
+    assert_eq!(counted, told);
+    refused(7).await;
+    assert_eq!(world.log().len(), log.len() + 1, "the next minute begins anew");
     world.check();
 }
