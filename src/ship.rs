@@ -46,6 +46,9 @@ const LAST_MS: u64 = 1_500;
 /// Records that wait, and the age of the oldest, at which an operator is warned.
 const BACKLOG_WARN: u64 = 10_000;
 const BACKLOG_WARN_MS: u64 = 600_000;
+/// The longest answer of a collector, in bytes, and the longest page of records.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+const PAGE_BYTES_MAX: usize = 64 << 20;
 /// Characters of an unknown answer that a log line repeats.
 const TOLD_CHARS_MAX: usize = 200;
 
@@ -168,6 +171,8 @@ enum Trouble {
     Silent(String),
     #[error("the collector answered {0}: {1}")]
     Refused(StatusCode, String),
+    #[error("what answers at COLLECTOR_URL is no collector of this program")]
+    Stranger,
     #[error("the log cannot be read or written: {0}")]
     Ledger(#[from] LedgerError),
     #[error("the collector holds what this ledger does not: it was restored from an old copy")]
@@ -247,11 +252,10 @@ impl Shipper {
         let (floor, waiting) = (log.first.saturating_sub(log.base), log.last.saturating_sub(*last));
         let answer = self.send(&records, floor, waiting).await?;
         self.metrics.audit_shipped.inc_by(u64::try_from(records.len()).unwrap_or(0));
-        *at = Some(match answer {
-            Some(seq) => log.base.saturating_add(seq),
-            None => *last,
-        });
-        self.progress.set(|reached| reached.at = at.unwrap_or(from));
+        let reached = answer.map_or(*last, |seq| log.base.saturating_add(seq));
+        // Of more than there is, the collector has to be asked.
+        *at = Some(reached).filter(|reached| *reached <= log.last);
+        self.progress.set(|progress| progress.at = reached.min(log.last));
         Ok(if waiting == 0 { Step::Idle } else { Step::More })
     }
 
@@ -265,6 +269,9 @@ impl Shipper {
         }
         let url = format!("{}/collect/v1/chains/{}", self.target.url, log.chain_id);
         let answer = self.answered(self.http.get(url)).await?;
+        if answer.get("held").is_none() {
+            return Err(Trouble::Stranger);
+        }
         let beside = answer["beside"].as_array().into_iter().flatten();
         let beside = beside.filter_map(|one| one["node"].as_str().map(str::to_owned)).collect();
         self.progress.set(|reached| reached.beside = beside);
@@ -303,21 +310,19 @@ impl Shipper {
         let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
         let body = packed.write_all(&lines).and_then(|()| packed.finish());
         let body = body.map_err(|error| Trouble::Silent(error.to_string()))?;
-        let (url, request) = match self.target.format {
-            Format::Keybrake => (format!("{}/collect/v1/batches", self.target.url), true),
-            Format::Ndjson => (self.target.url.clone(), false),
+        let post = |url: String| {
+            let lines = self.http.post(url).header("content-type", "application/x-ndjson");
+            lines.header("content-encoding", "gzip").body(body)
         };
-        let mut sending = self
-            .http
-            .post(url)
-            .header("content-type", "application/x-ndjson")
-            .header("content-encoding", "gzip")
-            .body(body);
-        if request {
-            sending = sending.header("keybrake-floor", floor).header("keybrake-backlog", backlog);
+        if self.target.format == Format::Ndjson {
+            return self.answered(post(self.target.url.clone())).await.map(|_| None);
         }
+        let sending = post(format!("{}/collect/v1/batches", self.target.url))
+            .header("keybrake-floor", floor)
+            .header("keybrake-backlog", backlog);
         match self.answered(sending).await {
-            Ok(answer) => Ok(answer["seq"].as_u64()),
+            // Whoever answers anything with 200 has not taken them.
+            Ok(answer) => answer["seq"].as_u64().map(Some).ok_or(Trouble::Stranger),
             Err(Trouble::Refused(StatusCode::CONFLICT, told)) => {
                 let error: Map<String, Value> = serde_json::from_str(&told).unwrap_or_default();
                 let number = |name: &str| error.get(name).and_then(Value::as_u64).unwrap_or_default();
@@ -338,7 +343,7 @@ impl Shipper {
         let silent = |error: reqwest::Error| Trouble::Silent(error.without_url().to_string());
         let answer = sending.await.map_err(silent)?;
         let status = answer.status();
-        let text = answer.text().await.map_err(silent)?;
+        let text = text_of(answer, ANSWER_BYTES_MAX).await.map_err(silent)?;
         let body: Value = serde_json::from_str(&text).unwrap_or_default();
         if status.is_success() {
             return Ok(body);
@@ -380,7 +385,7 @@ impl Fleet {
         let asked = self.http.get(format!("{}/audit?{query}", self.target.url)).header("accept", accept);
         let answer = self.target.signed(asked).send().await.map_err(silent)?;
         let (status, headers) = (answer.status(), answer.headers().clone());
-        let body = answer.text().await.map_err(silent)?;
+        let body = text_of(answer, PAGE_BYTES_MAX).await.map_err(silent)?;
         let header = |name: &str| headers.get(name).cloned();
         if !status.is_success() {
             return Err((status, body));
@@ -412,6 +417,19 @@ pub fn client(tls: rustls::ClientConfig) -> reqwest::Result<reqwest::Client> {
         .no_proxy()
         .timeout(Duration::from_secs(TIMEOUT_S))
         .build()
+}
+
+/// An answer's text, cut where it is longer than it may be.
+async fn text_of(mut answer: reqwest::Response, bytes_max: usize) -> reqwest::Result<String> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = answer.chunk().await? {
+        bytes.extend_from_slice(&chunk);
+        if bytes.len() > bytes_max {
+            break;
+        }
+    }
+    bytes.truncate(bytes_max);
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn time_of(sealed: &Sealed) -> Option<UnixMs> {

@@ -577,6 +577,39 @@ async fn take_one(mut stream: tokio::net::TcpStream) -> (String, Vec<u8>) {
     }
 }
 
+/// Something that says 200 to everything has not taken anything.
+#[tokio::test]
+async fn a_stranger_at_the_collectors_address_acknowledges_nothing() {
+    let (standin, dir) = (Standin::start(Options::default()), tempfile::tempdir().unwrap());
+    let stranger = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut env = environment(standin.addr(), dir.path());
+    let url = format!("http://{}", stranger.local_addr().unwrap());
+    env.insert("KEYBRAKE_COLLECTOR_URL".to_owned(), url);
+    env.insert("KEYBRAKE_COLLECTOR_TOKEN".to_owned(), token("a"));
+    let (taken, mut asked) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = stranger.accept().await.unwrap();
+            let _ = taken.send(take_one(stream).await);
+        }
+    });
+    let mut sidecar = Sidecar::spawn(env);
+    sidecar.ready().await;
+    for _ in 0..2 {
+        let (head, body) = tokio::time::timeout(PATIENCE, asked.recv()).await.unwrap().unwrap();
+        assert!(
+            head.starts_with("GET /collect/v1/chains/") && body.is_empty(),
+            "no record goes there: {head}"
+        );
+    }
+    let metrics =
+        client().get(format!("{}/metrics", sidecar.ops)).send().await.unwrap().text().await.unwrap();
+    assert!(
+        !metrics.contains("keybrake_audit_backlog 0") && metrics.contains("keybrake_audit_shipped_total 0")
+    );
+    assert!(sidecar.log().contains("no collector of this program"), "{}", sidecar.log());
+}
+
 /// Any log store takes the records as lines, packed, with a bearer; a 2xx takes them.
 #[tokio::test]
 async fn a_log_store_gets_lines_that_verify() {
