@@ -386,7 +386,9 @@ impl Writer {
         let below = {
             let mut arrivals = txn.open_table(ARRIVALS)?;
             let next = arrivals.range(first_kept..)?.next().transpose()?.map(|(_, place)| place.value());
-            let below = next.unwrap_or(journal::last_place_in(txn)?.saturating_add(1));
+            // The last record stays: the next one takes the place behind it, which the index has not seen.
+            let last = journal::last_place_in(txn)?;
+            let below = next.unwrap_or(last).min(last);
             arrivals.retain_in(..first_kept, |_, place| place >= below)?;
             below
         };
@@ -535,4 +537,67 @@ fn prev_hash_of(record: &[u8]) -> [u8; 32] {
     let fields: Map<String, Value> = serde_json::from_slice(record).unwrap_or_default();
     let hash = fields.get("prev_hash").and_then(Value::as_str).and_then(crate::id::from_hex);
     hash.and_then(|hash| hash.try_into().ok()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::audit::{Entry, Event, FIRST_PREV_HASH, Place, Sealed, seal};
+    use crate::time::DAY_MS;
+
+    fn records(from: u64, to: u64) -> Batch {
+        let mut prev_hash = FIRST_PREV_HASH;
+        let mut lines = Vec::new();
+        for seq in 1..=to {
+            let place = Place { seq, ledger_id: "ledger_1", node: "n", chain_id: "ledger_1", prev_hash };
+            let at = UnixMs::from_millis(1_784_000_000_000).to_string();
+            let sealed: Sealed = seal(&place, &Entry { at, event: Event::Refused, ..Entry::default() });
+            prev_hash = sealed.hash;
+            if seq >= from {
+                lines.extend([sealed.to_line(), b"\n".to_vec()].concat());
+            }
+        }
+        chain::read(&lines).unwrap()
+    }
+
+    fn seqs(store: &Store) -> Vec<u64> {
+        let all = AuditFilter { all_events: true, ascending: true, ..AuditFilter::default() };
+        let page = store.query(&all, None, 100).unwrap();
+        page.items.iter().map(|record| record["seq"].as_u64().unwrap()).collect()
+    }
+
+    /// Opens it once the writer of the handle before has let go.
+    async fn open(path: &Path, clock: &Clock) -> Store {
+        loop {
+            match Store::open(path, clock.clone(), 2) {
+                Err(StoreError::Locked) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+                other => return other.unwrap(),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn old_records_go_and_what_comes_later_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("collector.redb");
+        let (clock, hand) = Clock::manual(UnixMs::from_millis(1_784_000_000_000));
+        let store = open(&path, &clock).await;
+        let incoming = |batch| Incoming { batch, floor: 1, backlog: 0 };
+        store.take(incoming(records(1, 4))).await.unwrap();
+        drop(store);
+        // Nobody sent anything for longer than records are kept.
+        hand.fetch_add(5 * DAY_MS, Ordering::SeqCst);
+        let store = open(&path, &clock).await;
+        while seqs(&store).len() > 1 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        assert_eq!(seqs(&store), [4], "the last one stays");
+        store.take(incoming(records(3, 7))).await.unwrap();
+        assert_eq!(seqs(&store), [4, 5, 6, 7]);
+        let chain = store.chain("ledger_1").unwrap().unwrap();
+        let verdict = store.verify("ledger_1", &chain).unwrap();
+        assert_eq!((verdict.records, verdict.broken, chain.first_seq), (4, None, 4));
+    }
 }
