@@ -423,6 +423,8 @@ async fn a_batch_that_contradicts_is_refused_and_kept_as_evidence() {
     let node = collector.node("a").await;
     assert_eq!(node["chains"][0]["state"], "forked", "{node}");
     let held: Vec<Value> = collector.records("events=all").await;
+    let seqs: Vec<u64> = held.iter().map(|record| record["seq"].as_u64().unwrap()).collect();
+    assert_eq!(seqs, (1..).take(seqs.len()).collect::<Vec<u64>>(), "what was sent twice is held once");
     assert!(held.iter().all(|record| record["customer"] != "cus_forged") && collector.is_whole().await);
     assert!(std::fs::metadata(collector.dir.path().join("data/collector.redb")).is_ok());
 }
