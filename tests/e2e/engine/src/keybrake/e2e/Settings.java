@@ -1,0 +1,42 @@
+package keybrake.e2e;
+
+import java.nio.file.Path;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+
+/** What Kestra's own command line brings in its application.yml, as far as the engine cannot do without, and ours. */
+final class Settings {
+    private Settings() {}
+
+    static Map<String, Object> common(Path data, String gracePeriod) {
+        Map<String, Object> settings = new HashMap<>();
+        settings.put("kestra.server-type", "STANDALONE");
+        settings.put("kestra.repository.type", "h2");
+        settings.put("kestra.queue.type", "h2");
+        settings.put("datasources.h2.url",
+            "jdbc:h2:file:" + data.resolve("database") + ";TIME ZONE=UTC;DB_CLOSE_DELAY=-1;DB_CLOSE_ON_EXIT=FALSE");
+        settings.put("datasources.h2.username", "sa");
+        settings.put("datasources.h2.password", "");
+        settings.put("datasources.h2.driver-class-name", "org.h2.Driver");
+        settings.put("kestra.storage.type", "local");
+        settings.put("kestra.storage.local.base-path", data.resolve("storage").toString());
+        settings.put("kestra.tasks.tmp-dir.path", data.resolve("tasks").toString());
+        settings.put("kestra.variables.env-vars-prefix", "ENV_");
+        settings.put("kestra.plugins.configurations", List.of(Map.of(
+            "type", "io.kestra.plugin.scripts.runner.docker.Docker", "values", Map.of("volume-enabled", true))));
+        settings.put("kestra.anonymous-usage-report.enabled", false);
+        settings.put("kestra.server.service.purge.initial-delay", "1h");
+        settings.put("kestra.server.service.purge.fixed-delay", "1h");
+        settings.put("kestra.server.service.purge.retention", "30d");
+        // A lost worker is noticed in 10 s, and its tasks are given out again at once.
+        settings.put("kestra.server.worker-task-restart-strategy", "IMMEDIATELY");
+        settings.put("kestra.server.termination-grace-period", gracePeriod);
+        settings.put("kestra.server.liveness.enabled", true);
+        settings.put("kestra.server.liveness.interval", "2s");
+        settings.put("kestra.server.liveness.timeout", "10s");
+        settings.put("kestra.server.liveness.initial-delay", "5s");
+        settings.put("kestra.server.liveness.heartbeat-interval", "1s");
+        return settings;
+    }
+}
