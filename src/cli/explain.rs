@@ -12,14 +12,12 @@ use serde_json::{Value, json};
 use crate::audit::Entry;
 use crate::audit::words::sentences;
 use crate::cli::Json;
-use crate::cli::client::{Client, PAGE};
+use crate::cli::client::Client;
 use crate::cli::output::line;
 
-/// The fields by which somebody may know a call.
+/// The fields by which somebody may know a call; `GET /audit` has a filter for each.
 const NAMES: &[&str] =
     &["call_id", "hold_id", "request_id", "stripe_request_id", "object_id", "idempotency_key"];
-/// Those of them that `GET /audit` compares itself.
-const FILTERS: &[&str] = &["call_id", "object_id", "idempotency_key"];
 
 /// Records by their place in the log.
 type Found = BTreeMap<u64, Value>;
@@ -27,11 +25,8 @@ type Found = BTreeMap<u64, Value>;
 /// Tells what a running sidecar has recorded.
 pub(super) async fn of_sidecar(client: &Client, id: &str, json: Json) -> Result<ExitCode> {
     let mut found = Found::new();
-    for field in FILTERS {
+    for field in NAMES {
         keep(&mut found, records_of(client, field, id).await?);
-    }
-    if found.is_empty() {
-        found = scan(client, id).await?;
     }
     for call in calls_of(&found) {
         keep(&mut found, records_of(client, "call_id", &call).await?);
@@ -53,23 +48,6 @@ pub(super) fn of_file(path: &Path, id: &str, json: Json) -> Result<ExitCode> {
 async fn records_of(client: &Client, field: &str, value: &str) -> Result<Vec<Value>> {
     let query = [(field, value), ("events", "all")].map(|(name, value)| (name.to_owned(), value.to_owned()));
     client.list("/audit", &query, usize::MAX).await
-}
-
-/// Looks through the whole log, newest first, for what no filter finds. One request has one call, so the first page that
-/// names it is enough; a hold may have many.
-async fn scan(client: &Client, id: &str) -> Result<Found> {
-    let (mut found, mut cursor) = (Found::new(), None::<String>);
-    loop {
-        let mut query = vec![("events".to_owned(), "all".to_owned()), ("limit".to_owned(), PAGE.to_string())];
-        query.extend(cursor.map(|cursor| ("cursor".to_owned(), cursor)));
-        let page = client.get("/audit", &query).await?;
-        let records = page["data"].as_array().into_iter().flatten();
-        keep(&mut found, records.filter(|record| is_named(record, id)).cloned());
-        cursor = page["next_cursor"].as_str().map(str::to_owned);
-        if cursor.is_none() || (id.starts_with("req_") && !found.is_empty()) {
-            return Ok(found);
-        }
-    }
 }
 
 fn records_in(path: &Path, wanted: impl Fn(&Value) -> bool) -> Result<Found> {

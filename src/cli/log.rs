@@ -24,7 +24,8 @@ const TAIL_PAUSE_MS: u64 = 1_000;
 pub(super) enum Audit {
     /// Show records, newest first: one row for each call, and every refusal and replay
     Query {
-        /// A filter of GET /audit, such as customer=cus_9, outcome=spent or metadata[flow]=billing; may be repeated
+        /// A filter of GET /audit, such as customer=cus_9, outcome=spent, hold_id=hold_…, request_id=req_… or
+        /// metadata[flow]=billing; may be repeated
         filters: Vec<String>,
         /// Every event instead of one row for each call
         #[arg(long)]

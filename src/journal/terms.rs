@@ -25,6 +25,12 @@ const EQUAL: &[&str] = &[
     "object_id",
     "chain_id",
 ];
+/// Fields whose values are those of one record or two, and are asked for when something is looked into: a list for each
+/// value would make the index more than half as large again. They share [`SHARED_LISTS`] lists, so that a question reads
+/// one record in a hundred or so.
+const SHARED: &[&str] = &["hold_id", "request_id", "stripe_request_id"];
+/// The more there are, the less a question reads, and the more rows each step of the index writes.
+const SHARED_LISTS: u64 = 256;
 /// Fields that have a list for each of their entries.
 const WITHIN: &[&str] = &["metadata", "stripe_metadata"];
 /// What ends a part of a label: the labels of one issuer are likely to share everything up to one of these.
@@ -53,6 +59,12 @@ impl Term {
         let digest: [u8; 32] = hash.finalize().into();
         Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()))
     }
+
+    /// The list of a value, whichever of the [`SHARED`] fields has it: the same request id in two fields is one posting.
+    fn shared(value: &str) -> Self {
+        let list = Self::of(&["shared", value]).0 % SHARED_LISTS;
+        Self::of(&["shared list", &list.to_string()])
+    }
 }
 
 /// The terms under which a record is found.
@@ -61,6 +73,7 @@ pub(super) fn of_record(record: &Map<String, Value>) -> Vec<Term> {
     let mut terms = vec![Term::EVERY];
     terms.extend(EQUAL.iter().filter_map(|field| Some(Term::of(&["equal", field, text(field)?]))));
     terms.extend(text("label").into_iter().flat_map(prefixes).map(|prefix| Term::of(&["prefix", prefix])));
+    terms.extend(SHARED.iter().filter_map(|field| Some(Term::shared(text(field)?))));
     for field in WITHIN {
         let entries = record.get(*field).and_then(Value::as_object).into_iter().flatten();
         terms.extend(
@@ -74,6 +87,8 @@ pub(super) fn of_record(record: &Map<String, Value>) -> Vec<Term> {
 pub(super) fn of_filter(filter: &AuditFilter) -> Vec<Term> {
     let equal = filter.equal.iter().filter(|(field, _)| EQUAL.contains(field));
     let mut terms: Vec<Term> = equal.map(|(field, value)| Term::of(&["equal", field, value])).collect();
+    let shared = filter.equal.iter().filter(|(field, _)| SHARED.contains(field));
+    terms.extend(shared.map(|(_, value)| Term::shared(value)));
     let within = filter.within.iter().filter(|(field, _, _)| WITHIN.contains(field));
     terms.extend(within.map(|(field, name, value)| Term::of(&["within", field, name, value])));
     let longest = filter.label_prefix.as_deref().and_then(|prefix| prefixes(prefix).last());
@@ -123,12 +138,13 @@ mod tests {
             "seq": 7, "at": "2026-07-14T03:33:20.123Z", "event": "settled", "call_id": "call_1", "ledger_id": "ledger_1",
             "node": "n", "chain_id": "c", "key_id": "k", "label": "kestra-cus_9", "endpoint": "/v1/charges",
             "decision": "forwarded", "code": "c", "outcome": "spent", "idempotency_key": "i", "customer": "cus_9",
-            "object_id": "ch_1", "metadata": {"flow": "billing", "count": 3}, "stripe_metadata": {"flow": "other"},
+            "object_id": "ch_1", "hold_id": "hold_1", "request_id": "req_1", "stripe_request_id": "req_2",
+            "metadata": {"flow": "billing", "count": 3}, "stripe_metadata": {"flow": "other"},
         });
         let record = record.as_object().unwrap();
         let terms = of_record(record);
         let has = |filter: &AuditFilter| of_filter(filter).iter().all(|term| terms.contains(term));
-        for field in EQUAL {
+        for field in EQUAL.iter().chain(SHARED) {
             let equal = |value: &str| AuditFilter {
                 equal: vec![(*field, value.to_owned())],
                 ..AuditFilter::default()

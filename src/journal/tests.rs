@@ -159,6 +159,9 @@ fn entry(dice: &mut Dice, ms: u64) -> Entry {
         customer: (dice.below(4) > 0).then(|| format!("cus_{}", dice.below(20))),
         metadata: (dice.below(3) > 0).then(|| flow(dice)),
         stripe_metadata: (dice.below(3) > 0).then(|| flow(dice)),
+        hold_id: (dice.below(3) > 0).then(|| format!("hold_{}", dice.below(30))),
+        request_id: (dice.below(3) > 0).then(|| format!("req_{}", dice.below(30))),
+        stripe_request_id: (dice.below(3) > 0).then(|| format!("req_{}", dice.below(30))),
         ..Entry::default()
     }
 }
@@ -172,6 +175,9 @@ fn filter(dice: &mut Dice, now_ms: u64) -> AuditFilter {
         (3, "outcome", dice.of(OUTCOMES).0.to_owned()),
         (4, "customer", format!("cus_{}", dice.below(22))),
         (6, "call_id", call_id(dice.below(60))),
+        (9, "hold_id", format!("hold_{}", dice.below(32))),
+        (9, "request_id", format!("req_{}", dice.below(32))),
+        (9, "stripe_request_id", format!("req_{}", dice.below(32))),
         (6, "ledger_id", dice.of(&["ledger_even", "ledger_odd", "ledger_none"]).to_owned()),
         (9, "endpoint", "/v1/none".to_owned()),
         // No list of the index has it.
@@ -299,6 +305,27 @@ fn records_are_read_in_order_and_within_bounds() {
     assert_eq!(get(&log.db.begin_read().unwrap(), 4), Ok(None));
 }
 
+/// What nearly every record has of its own costs no row of its own.
+#[test]
+fn ids_share_their_lists() {
+    let rows = |with_ids: bool| {
+        let mut log = Log::new();
+        let id = |kind: &str, n: u64| with_ids.then(|| format!("{kind}_{n}"));
+        let entry = |n: u64| Entry {
+            at: at(n).to_string(),
+            hold_id: id("hold", n),
+            request_id: id("req_own", n),
+            stripe_request_id: id("req", n),
+            ..Entry::default()
+        };
+        log.append((1..=4_000).map(|n| (n, entry(n))).collect());
+        log.index_all();
+        log.rows()[2]
+    };
+    let more = rows(true) - rows(false);
+    assert!((250..=256).contains(&more), "{more} rows for 12,000 ids");
+}
+
 /// 24,000 records, two for each call, six blocks: what is asked for is found by reading hardly more than what it is.
 #[test]
 fn little_is_read_for_little() {
@@ -313,6 +340,9 @@ fn little_is_read_for_little() {
             // One refund alone was forwarded.
             decision: (n % 4 < 2 || n == 1_554).then_some(Decision::Forwarded),
             customer: Some(format!("cus_{n}")),
+            hold_id: Some(format!("hold_{}", n.div_ceil(2))),
+            request_id: Some(format!("req_{n}")),
+            stripe_request_id: n.is_multiple_of(2).then(|| format!("req_{n}")),
             ..Entry::default()
         };
         match n {
@@ -339,10 +369,16 @@ fn little_is_read_for_little() {
     let window = AuditFilter { since: Some(at(9_000_500)), until: Some(at(9_001_500)), ..equal(&[]) };
     // Lists that are long cost a row of each for every block, whether they have anything in common or not.
     let long_index = 2 * 6 + 2;
+    // Lists that ids share have a row for each block, and of each record two places among 256 lists.
+    let shared_records = 24_000 * 2 / 256 * 5 / 4;
     for (what, filter, count, index_max, records_max) in [
         ("a value", equal(&[("customer", "cus_5000")]), 1, 4, 1),
         ("a value among many", equal(&[("customer", "cus_5000"), ("outcome", "spent")]), 1, 8, 1),
         ("a call", all(equal(&[("call_id", &call_id(3_000))])), 2, 4, 2),
+        ("a hold", all(equal(&[("hold_id", "hold_3000")])), 2, long_index, shared_records),
+        ("a request", equal(&[("request_id", "req_6000")]), 1, long_index, shared_records),
+        ("a request of no call", equal(&[("stripe_request_id", "req_0")]), 0, long_index, shared_records),
+        ("a request of a customer", equal(&[("request_id", "req_6000"), ("customer", "cus_6000")]), 1, 8, 1),
         ("a prefix", AuditFilter { label_prefix, ..AuditFilter::default() }, 1, 4, 1),
         ("a window", all(window), 1, 30, 64),
         ("what is under way", equal(&[("outcome", "held")]), 1, long_index, 1),

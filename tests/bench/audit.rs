@@ -126,6 +126,8 @@ fn questions(records: u64) -> Vec<(&'static str, AuditFilter)> {
         ("the newest", equal(&[])),
         ("the oldest", AuditFilter { ascending: true, ..equal(&[]) }),
         ("one call, all its events", all(equal(&[("call_id", &call)]))),
+        ("one hold, all its events", all(equal(&[("hold_id", &format!("hold_{:032x}", middle / 2))]))),
+        ("one request", equal(&[("request_id", &format!("req_{:014x}", middle / 2 * 2))])),
         ("one idempotency key", equal(&[("idempotency_key", &format!("order-{}", middle / 2))])),
         ("one customer", equal(&[("customer", "cus_rare")])),
         ("one customer's doubts", equal(&[("customer", "cus_rare"), ("outcome", "doubt")])),

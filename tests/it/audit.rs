@@ -202,6 +202,7 @@ async fn filters_and_pages() {
     let middle = all[2]["at"].as_str().unwrap();
     let (since, until): (Vec<_>, Vec<_>) =
         all.iter().partition(|record| record["at"].as_str().unwrap() >= middle);
+    let named = |field: &str| format!("{field}={}", all[3][field].as_str().unwrap());
     for (query, expected) in [
         ("label=a".to_owned(), vec!["a-1", "a-2", "a-3"]),
         (format!("key_id={first_id}"), vec!["a-1", "a-2", "a-3"]),
@@ -215,6 +216,10 @@ async fn filters_and_pages() {
         ("chain_id=another".to_owned(), vec![]),
         ("idempotency_key=a-2".to_owned(), vec!["a-2"]),
         (format!("object_id={object}"), vec!["b-1"]),
+        (named("hold_id"), vec!["b-1"]),
+        (named("request_id"), vec!["b-1"]),
+        (named("stripe_request_id"), vec!["b-1"]),
+        ("stripe_request_id=req_another".to_owned(), vec![]),
         ("metadata[execution]=2".to_owned(), vec!["b-1"]),
         ("stripe_metadata[line]=7".to_owned(), vec!["b-1"]),
         ("stripe_metadata[line]=8".to_owned(), vec![]),
