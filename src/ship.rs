@@ -26,7 +26,7 @@ use crate::ledger::{Ledger, LedgerError};
 use crate::random;
 use crate::secret::Secret;
 use crate::telemetry::Metrics;
-use crate::time::UnixMs;
+use crate::time::{HOUR_MS, SECOND_MS, UnixMs};
 
 /// Records of one batch.
 const BATCH_ROWS_MAX: usize = 500;
@@ -39,6 +39,10 @@ const TIMEOUT_S: u64 = 30;
 /// The first wait after a failure, and the longest.
 const BACKOFF_FIRST_MS: u64 = 500;
 const BACKOFF_LAST_MS: u64 = 60_000;
+/// How long an answer of the collector does, at most: who else serves the same Stripe account, it tells when it is asked.
+const ASK_AGAIN_MS: u64 = HOUR_MS;
+/// The same while it knew nothing of this ledger: it could not tell.
+const ASK_AGAIN_NEW_MS: u64 = 60 * SECOND_MS;
 /// How often the place of the last acknowledged record is written down, while there are any.
 const NOTE_EVERY_MS: u64 = 5_000;
 /// How long a stopping process goes on to ship what is left.
@@ -156,6 +160,23 @@ pub struct Shipper {
     pub metrics: Metrics,
 }
 
+/// Where the shipper is.
+#[derive(Debug, Default)]
+struct Course {
+    /// The place of the last record that was acknowledged; `None` when the collector has to be asked.
+    at: Option<u64>,
+    /// When it was asked last, and for how long that answer does.
+    asked: Option<(UnixMs, u64)>,
+}
+
+impl Course {
+    /// Whether the last answer is too old. A clock that an operator has set back makes it so, too: nobody knows by how
+    /// much.
+    fn is_stale(&self, now: UnixMs) -> bool {
+        self.asked.is_some_and(|(at, lasts_ms)| now < at || now.millis_since(at) >= lasts_ms)
+    }
+}
+
 /// What one step came to.
 enum Step {
     /// All is acknowledged.
@@ -183,10 +204,13 @@ impl Shipper {
     /// Ships until `stop`, and then what is left for a moment. `asked` hears when the collector was first asked, whether
     /// it answered or not.
     pub async fn run(self, stop: CancellationToken, asked: oneshot::Sender<()>) {
-        let (mut at, mut unasked) = (None, Some(asked));
+        let (mut course, mut unasked) = (Course::default(), Some(asked));
         let (mut failures, mut noted) = (0_u32, Instant::now());
         loop {
-            let result = self.step(&mut at).await;
+            if course.is_stale(self.ledger.now()) {
+                course.at = None;
+            }
+            let result = self.step(&mut course).await;
             if let Some(asked) = unasked.take() {
                 // The start may have gone on without.
                 let _ = asked.send(());
@@ -207,12 +231,12 @@ impl Shipper {
                     failures = failures.saturating_add(1);
                     self.progress.set(|reached| reached.trouble = Some(trouble.to_string()));
                     // What the collector holds may be another now.
-                    at = at.filter(|_| self.target.format == Format::Ndjson);
+                    course.at = course.at.filter(|_| self.target.format == Format::Ndjson);
                     backoff(failures)
                 }
             };
             if noted.elapsed() >= Duration::from_millis(NOTE_EVERY_MS) {
-                self.note(at).await;
+                self.note(course.at).await;
                 noted = Instant::now();
             }
             let pause = Duration::from_millis(pause_ms);
@@ -220,10 +244,10 @@ impl Shipper {
                 break;
             }
         }
-        let last = async { while let Ok(Step::More) = self.step(&mut at).await {} };
+        let last = async { while let Ok(Step::More) = self.step(&mut course).await {} };
         // What does not arrive now is in the ledger still.
         let _ = tokio::time::timeout(Duration::from_millis(LAST_MS), last).await;
-        self.note(at).await;
+        self.note(course.at).await;
     }
 
     /// Writes down what may be deleted by now.
@@ -238,13 +262,13 @@ impl Shipper {
     }
 
     /// Sends one batch, after it has asked from where on.
-    async fn step(&self, at: &mut Option<u64>) -> Result<Step, Trouble> {
+    async fn step(&self, course: &mut Course) -> Result<Step, Trouble> {
         let log = self.ledger.redb().log_state()?;
-        let from = match *at {
+        let from = match course.at {
             Some(from) => from.max(log.base),
-            None => self.ask(&log).await?,
+            None => self.ask(&log, course).await?,
         };
-        *at = Some(from);
+        course.at = Some(from);
         let from = from.max(log.first.saturating_sub(1));
         let records = self.ledger.redb().records_after(from, BATCH_ROWS_MAX, BATCH_BYTES_MAX)?;
         self.progress.set(|reached| reached.at = from);
@@ -254,13 +278,13 @@ impl Shipper {
         self.metrics.audit_shipped.inc_by(u64::try_from(records.len()).unwrap_or(0));
         let reached = answer.map_or(*last, |seq| log.base.saturating_add(seq));
         // Of more than there is, the collector has to be asked.
-        *at = Some(reached).filter(|reached| *reached <= log.last);
+        course.at = Some(reached).filter(|reached| *reached <= log.last);
         self.progress.set(|progress| progress.at = reached.min(log.last));
         Ok(if waiting == 0 { Step::Idle } else { Step::More })
     }
 
     /// Up to where the collector has this log. A ledger that it knows better is one that was restored.
-    async fn ask(&self, log: &LogState) -> Result<u64, Trouble> {
+    async fn ask(&self, log: &LogState, course: &mut Course) -> Result<u64, Trouble> {
         if self.target.format == Format::Ndjson {
             return Ok(self.ledger.redb().shipped_to()?.max(log.base));
         }
@@ -276,6 +300,8 @@ impl Shipper {
         let beside = beside.filter_map(|one| one["node"].as_str().map(str::to_owned)).collect();
         self.progress.set(|reached| reached.beside = beside);
         let held = &answer["held"];
+        let lasts_ms = if held.is_null() { ASK_AGAIN_NEW_MS } else { ASK_AGAIN_MS };
+        course.asked = Some((self.ledger.now(), spread(lasts_ms)));
         let (Some(seq), Some(hash)) = (held["seq"].as_u64(), held["hash"].as_str()) else {
             return Ok(log.base);
         };
@@ -437,9 +463,13 @@ fn time_of(sealed: &Sealed) -> Option<UnixMs> {
     fields.get("at").and_then(Value::as_str).and_then(UnixMs::parse)
 }
 
-/// Twice as long each time, and never at the same moment as the others that the same outage has stopped.
+/// Twice as long each time.
 fn backoff(failures: u32) -> u64 {
-    let full = BACKOFF_FIRST_MS.saturating_mul(1 << failures.min(16)).min(BACKOFF_LAST_MS);
+    spread(BACKOFF_FIRST_MS.saturating_mul(1 << failures.min(16)).min(BACKOFF_LAST_MS))
+}
+
+/// From half of a wait to all of it: never at the same moment as the others that the same outage has stopped.
+fn spread(full_ms: u64) -> u64 {
     let [random] = random::bytes();
-    full / 2 + full / 2 * u64::from(random) / 255
+    full_ms / 2 + full_ms / 2 * u64::from(random) / 255
 }

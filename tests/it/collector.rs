@@ -1,5 +1,7 @@
 //! The central collector and the sidecars that ship to it, each a process of its own.
 
+mod way;
+
 use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::Path;
