@@ -33,6 +33,7 @@ test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
 test-long: export KEYBRAKE_TEST_MUTATIONS ?= 50000
 test-long: export KEYBRAKE_TEST_FORMS ?= 50000
 test-long: export KEYBRAKE_TEST_HISTORIES ?= 10000
+test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
 
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler

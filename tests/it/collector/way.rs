@@ -1,8 +1,12 @@
-//! The way between sidecar and collector: what is asked on it.
+//! The way between sidecar and collector: what is asked on it, how it breaks, and whom it trusts.
+//!
+//! `KEYBRAKE_TEST_CUTS` sets in how many worlds it breaks by chance; `KEYBRAKE_TEST_SEED` repeats one.
 
+use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use keybrake::id::{BootId, LedgerId};
 use keybrake::ledger::{Ledger, Opening};
@@ -11,12 +15,17 @@ use keybrake::ship::{self, Format, Progress, Shipper, Target};
 use keybrake::telemetry::Metrics;
 use keybrake::time::{Clock, HOUR_MS, UnixMs};
 use keybrake::{random, tls};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{Collector, token};
-use crate::support::PATIENCE;
+use crate::dice::{Dice, Told, seeds};
+use crate::standin::{Options, Standin};
+use crate::support::{PATIENCE, Sidecar};
 
 /// A ledger that is shipped in this process, by a clock that is set by hand.
 struct Shipped {
@@ -119,4 +128,164 @@ async fn who_serves_the_same_account_is_asked_again_within_the_hour() {
     assert!(!names_third(), "nobody has asked since");
     first.pass(HOUR_MS);
     first.until("it hears of the new one", names_third).await;
+}
+
+/// One cut of a connection: in a request or in its answer, counted from the first of the connection.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    in_answer: bool,
+    exchange: usize,
+}
+
+/// A way that breaks: each connection has the next cut of a plan, at a byte by chance. When all are made, it is whole.
+struct Relay {
+    url: String,
+    state: Arc<Mutex<Plan>>,
+}
+
+struct Plan {
+    cuts: VecDeque<Cut>,
+    dice: Dice,
+    /// Cuts that were made: bytes of batches that were passed on, and of answers to batches.
+    made: Vec<(Cut, usize)>,
+}
+
+impl Relay {
+    async fn start(collector: SocketAddr, seed: u64) -> Self {
+        let mut dice = Dice::new(seed);
+        // Each within a batch: the first request of a connection asks what the collector holds.
+        let mut cuts = [false, true].map(|in_answer| Cut { in_answer, exchange: 1 + dice.below(2) });
+        dice.shuffle(&mut cuts);
+        let state = Arc::new(Mutex::new(Plan { cuts: cuts.into(), dice, made: Vec::new() }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let shared = Arc::clone(&state);
+        tokio::spawn(async move {
+            loop {
+                let (client, _) = listener.accept().await.unwrap();
+                tokio::spawn(pass(client, collector, Arc::clone(&shared)));
+            }
+        });
+        Self { url, state }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.state.lock().unwrap().cuts.is_empty()
+    }
+}
+
+/// Passes bytes on, up to the cut of this connection.
+async fn pass(mut client: TcpStream, collector: SocketAddr, state: Arc<Mutex<Plan>>) {
+    let cut = state.lock().unwrap().cuts.front().copied();
+    let mut server = TcpStream::connect(collector).await.unwrap();
+    let (mut asked, mut answered) = (0, 0);
+    let (mut request, mut answer) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    loop {
+        let (from_client, n) = tokio::select! {
+            read = client.read(&mut request) => (true, read),
+            read = server.read(&mut answer) => (false, read),
+        };
+        let Ok(n @ 1..) = n else { return };
+        // Neither side says anything out of turn.
+        if from_client {
+            asked += usize::from(asked == answered);
+        } else {
+            answered = asked;
+        }
+        let is_here = cut.filter(|cut| cut.in_answer != from_client && cut.exchange + 1 == asked);
+        let passed = match is_here {
+            Some(_) => state.lock().unwrap().dice.below(n),
+            None => n,
+        };
+        let (to, bytes) =
+            if from_client { (&mut server, &request[..passed]) } else { (&mut client, &answer[..passed]) };
+        if to.write_all(bytes).await.is_err() {
+            return;
+        }
+        if let Some(cut) = is_here {
+            let mut plan = state.lock().unwrap();
+            plan.cuts.pop_front();
+            plan.made.push((cut, passed));
+            // Half of them without a word of parting.
+            if plan.dice.percent(50) {
+                let _ = (client.set_zero_linger(), server.set_zero_linger());
+            }
+            return;
+        }
+    }
+}
+
+/// A sidecar whose way to the collector breaks.
+struct Cuttable {
+    node: &'static str,
+    relay: Relay,
+    sidecar: Sidecar,
+    key: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Cuttable {
+    async fn start(node: &'static str, collector: &Collector, standin: &Standin, seed: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let address = collector.process.base.strip_prefix("http://").unwrap().parse().unwrap();
+        let relay = Relay::start(address, seed).await;
+        let mut env = collector.env_of(node, standin, dir.path());
+        env.insert("KEYBRAKE_COLLECTOR_URL".to_owned(), relay.url.clone());
+        let mut sidecar = Sidecar::spawn(env);
+        sidecar.ready().await;
+        let (key, _) = sidecar.mint("5000.00", json!({})).await;
+        Self { node, relay, sidecar, key, _dir: dir }
+    }
+
+    /// Charges until every cut is made; answers how many.
+    async fn load(&self) -> usize {
+        const CHARGES_MAX: usize = 150;
+        let (since, mut charged) = (Instant::now(), 0);
+        while charged == 0 || !self.relay.is_whole() {
+            if charged < CHARGES_MAX {
+                let name = format!("{}-{charged}", self.node);
+                let reply = self.sidecar.charge(&self.key, &name, 100, &format!("cus_{name}")).await;
+                assert_eq!(reply.status, 200, "{}", reply.text);
+                charged += 1;
+            }
+            sleep(Duration::from_millis(10)).await;
+            assert!(since.elapsed() < PATIENCE, "not every cut is made: {}", self.sidecar.log());
+        }
+        charged
+    }
+}
+
+/// Connections are cut within batches and within the answers to them, while charges are made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_way_that_is_cut_within_batches_loses_and_doubles_nothing() {
+    for seed in seeds("KEYBRAKE_TEST_CUTS", 1) {
+        let told = Told::of_seed(seed);
+        let (standin, collector) =
+            (Standin::start(Options::default()), Collector::start(&["a", "b", "c"]).await);
+        let start = |node, n| Cuttable::start(node, &collector, &standin, seed.wrapping_mul(3) + n);
+        let (a, b, c) = tokio::join!(start("a", 0), start("b", 1), start("c", 2));
+        let (of_a, of_b, of_c) = tokio::join!(a.load(), b.load(), c.load());
+        for (cuttable, charged) in [(&a, of_a), (&b, of_b), (&c, of_c)] {
+            let node = cuttable.node;
+            let made = cuttable.relay.state.lock().unwrap().made.clone();
+            assert!(made.len() == 2 && made[0].0.in_answer != made[1].0.in_answer, "{node}: {made:?}");
+            collector.has_all_of(&cuttable.sidecar, node).await;
+            let held = collector.records(&format!("events=all&node={node}")).await;
+            assert_eq!(held, cuttable.sidecar.audit("events=all").await, "{node}: each once and in order");
+            for event in ["admitted", "settled"] {
+                let of_event = held.iter().filter(|record| record["event"] == event);
+                assert_eq!(of_event.count(), charged, "{node}: {event}");
+            }
+        }
+        let spent = collector.records("outcome=spent").await;
+        let mut told_of: Vec<_> = spent.iter().map(|one| one["object_id"].as_str().unwrap()).collect();
+        let executed = standin.executed();
+        let mut made: Vec<_> = executed.iter().map(|one| one.object_id.as_str()).collect();
+        told_of.sort_unstable();
+        made.sort_unstable();
+        assert_eq!(told_of, made);
+        let evidence = collector.get("/audit/evidence").await.body["data"].clone();
+        assert!(collector.is_whole().await && evidence == json!([]), "{evidence}");
+        drop(told);
+    }
 }
