@@ -32,7 +32,7 @@ use crate::proxy::{Proxy, ProxyConfig};
 use crate::random;
 use crate::recover::Recovery;
 use crate::server::{self, Limits, Listeners, ReplyBody};
-use crate::ship::{self, Fleet, Format, Progress, Shipper};
+use crate::ship::{Fleet, Format, Progress, Shipper, Way};
 use crate::telemetry::Metrics;
 use crate::time::{Clock, UnixMs};
 use crate::tls::{self, ServerTls};
@@ -97,6 +97,8 @@ struct Sidecar {
     ops: Arc<Ops>,
     metrics: Metrics,
     tls: Option<Arc<ServerTls>>,
+    /// To the collector.
+    way: Option<Way>,
 }
 
 /// Runs the sidecar until `shutdown`.
@@ -126,7 +128,7 @@ pub async fn run(
     spawn_upkeep(&sidecar, &stop);
     spawn_fx_look(&sidecar, &config, &stop);
     spawn_recovery(&sidecar, &stop);
-    let shipping = spawn_shipping(&sidecar, &config, &stop).await?;
+    let shipping = spawn_shipping(&sidecar, &config, &stop).await;
     spawn_reload(&sidecar, &config, reload, hangup, &stop);
     let elsewhere = spawn_settling(&sidecar, configured, settled);
     let listeners = Listeners::bind(&config.listen).await.context("cannot listen (LISTEN)")?;
@@ -195,13 +197,14 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         Arc::clone(&fx),
     ));
     tell_rates(&config.fx, now);
+    let way = config.collector.as_ref().map(way_to).transpose()?;
     let admin = Arc::new(Admin {
         ledger: ledger.clone(),
         account: Arc::clone(&account),
         clock: Arc::clone(&watch),
         admin_keys: RwLock::new(config.admin_keys.clone()),
         remember_days: u32::from(config.remember_days),
-        fleet: fleet_of(config)?,
+        fleet: fleet_of(config, way.as_ref()),
         metrics: metrics.clone(),
     });
     let shipping = config.collector.as_ref().map(|_| Arc::new(Progress::default()));
@@ -212,7 +215,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
         shipping,
         registry,
     });
-    Ok(Sidecar { ledger, forwarder, account, fx, proxy, admin, ops, metrics, tls })
+    Ok(Sidecar { ledger, forwarder, account, fx, proxy, admin, ops, metrics, tls, way })
 }
 
 fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, LedgerError> {
@@ -241,17 +244,19 @@ fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, Le
 }
 
 /// The way to ask a collector for all nodes.
-fn fleet_of(config: &Config) -> Result<Option<Fleet>, Stopped> {
-    let Some(collector) = config.collector.as_ref().filter(|one| one.target.format == Format::Keybrake)
-    else {
-        return Ok(None);
-    };
-    Ok(Some(Fleet { target: collector.target.clone(), http: way_to(collector)? }))
+fn fleet_of(config: &Config, way: Option<&Way>) -> Option<Fleet> {
+    let collector = config.collector.as_ref().filter(|one| one.target.format == Format::Keybrake)?;
+    Some(Fleet { target: collector.target.clone(), way: way?.clone() })
 }
 
-fn way_to(collector: &CollectorConfig) -> Result<reqwest::Client, Stopped> {
+fn way_to(collector: &CollectorConfig) -> Result<Way> {
     let tls = tls::client_config(collector.ca_file.as_deref()).context("COLLECTOR_CA_FILE cannot be used")?;
-    Ok(ship::client(tls).context("the way to the collector cannot be made")?)
+    Way::new(tls).context("the way to the collector cannot be made")
+}
+
+/// Reads again whom to trust on the way to the collector.
+fn trust_again(way: &Way, collector: &CollectorConfig) -> Result<()> {
+    Ok(way.trust(tls::client_config(collector.ca_file.as_deref())?)?)
 }
 
 #[expect(clippy::disallowed_methods, reason = "certificates are dated by the machine's clock")]
@@ -322,14 +327,16 @@ async fn spawn_shipping(
     sidecar: &Sidecar,
     config: &Config,
     stop: &CancellationToken,
-) -> Result<Option<tokio::task::JoinHandle<()>>, Stopped> {
-    let (Some(collector), Some(progress)) = (&config.collector, &sidecar.ops.shipping) else {
-        return Ok(None);
+) -> Option<tokio::task::JoinHandle<()>> {
+    let (Some(collector), Some(progress), Some(way)) =
+        (&config.collector, &sidecar.ops.shipping, &sidecar.way)
+    else {
+        return None;
     };
     let shipper = Shipper {
         ledger: sidecar.ledger.clone(),
         target: collector.target.clone(),
-        http: way_to(collector)?,
+        way: way.clone(),
         progress: Arc::clone(progress),
         metrics: sidecar.metrics.clone(),
     };
@@ -338,7 +345,7 @@ async fn spawn_shipping(
     if tokio::time::timeout(Duration::from_millis(FIRST_QUESTION_MS), was_asked).await.is_err() {
         tracing::warn!("the collector does not answer; whether this ledger is its latest is not known yet");
     }
-    Ok(Some(shipping))
+    Some(shipping)
 }
 
 /// Takes over the rates of other currencies whenever their file changes.
@@ -400,6 +407,7 @@ fn spawn_reload(
     let (account, ledger) = (Arc::clone(&sidecar.account), sidecar.ledger.clone());
     let fx = Arc::clone(&sidecar.fx);
     let collector = config.collector.as_ref().map(|collector| collector.target.clone());
+    let way = sidecar.way.clone();
     tokio::spawn(async move {
         loop {
             tokio::select! {
@@ -414,8 +422,11 @@ fn spawn_reload(
             if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload(wall_clock())) {
                 tracing::error!(%error, "the TLS files cannot be read again; the old ones stay");
             }
-            if let (Some(running), Some(read)) = (&collector, &config.collector) {
+            if let (Some(running), Some(way), Some(read)) = (&collector, &way, &config.collector) {
                 running.take_token_of(&read.target);
+                if let Err(error) = trust_again(way, read) {
+                    tracing::error!(%error, "COLLECTOR_CA_FILE cannot be read again; the old one stays");
+                }
             }
             fx.set(config.fx);
             admin.admin_keys.write().unwrap_or_else(PoisonError::into_inner).clone_from(&config.admin_keys);

@@ -53,6 +53,8 @@ const BACKLOG_WARN_MS: u64 = 600_000;
 /// The longest answer of a collector, in bytes, and the longest page of records.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 const PAGE_BYTES_MAX: usize = 64 << 20;
+/// Causes of one error that are told.
+const CAUSES_MAX: usize = 8;
 /// Characters of an unknown answer that a log line repeats.
 const TOLD_CHARS_MAX: usize = 200;
 
@@ -90,6 +92,34 @@ impl Target {
     /// A request with the bearer.
     pub fn signed(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
         request.bearer_auth(self.bearer())
+    }
+}
+
+/// The way to a collector, whoever is trusted there: another one after that was read again.
+#[derive(Clone, Debug)]
+pub struct Way(Arc<RwLock<reqwest::Client>>);
+
+impl Way {
+    /// A way to whoever these settings trust.
+    ///
+    /// # Errors
+    /// When the client cannot be made.
+    pub fn new(tls: rustls::ClientConfig) -> reqwest::Result<Self> {
+        Ok(Self(Arc::new(RwLock::new(client(tls)?))))
+    }
+
+    /// Trusts others from now on.
+    ///
+    /// # Errors
+    /// When the client cannot be made: the old one stays.
+    pub fn trust(&self, tls: rustls::ClientConfig) -> reqwest::Result<()> {
+        let fresh = client(tls)?;
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(())
+    }
+
+    fn http(&self) -> reqwest::Client {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -153,7 +183,7 @@ pub struct Shipper {
     /// Where to.
     pub target: Target,
     /// The way there.
-    pub http: reqwest::Client,
+    pub way: Way,
     /// How far it is.
     pub progress: Arc<Progress>,
     /// What is counted.
@@ -292,7 +322,7 @@ impl Shipper {
             return Err(Trouble::Lost);
         }
         let url = format!("{}/collect/v1/chains/{}", self.target.url, log.chain_id);
-        let answer = self.answered(self.http.get(url)).await?;
+        let answer = self.answered(self.way.http().get(url)).await?;
         if answer.get("held").is_none() {
             return Err(Trouble::Stranger);
         }
@@ -337,7 +367,7 @@ impl Shipper {
         let body = packed.write_all(&lines).and_then(|()| packed.finish());
         let body = body.map_err(|error| Trouble::Silent(error.to_string()))?;
         let post = |url: String| {
-            let lines = self.http.post(url).header("content-type", "application/x-ndjson");
+            let lines = self.way.http().post(url).header("content-type", "application/x-ndjson");
             lines.header("content-encoding", "gzip").body(body)
         };
         if self.target.format == Format::Ndjson {
@@ -366,7 +396,7 @@ impl Shipper {
     /// A JSON answer of 2xx. Of a refusal, the error object is told where there is one.
     async fn answered(&self, request: reqwest::RequestBuilder) -> Result<Value, Trouble> {
         let sending = self.target.signed(request).send();
-        let silent = |error: reqwest::Error| Trouble::Silent(error.without_url().to_string());
+        let silent = |error: reqwest::Error| Trouble::Silent(why(error));
         let answer = sending.await.map_err(silent)?;
         let status = answer.status();
         let text = text_of(answer, ANSWER_BYTES_MAX).await.map_err(silent)?;
@@ -388,7 +418,7 @@ pub struct Fleet {
     /// The collector.
     pub target: Target,
     /// The way there.
-    pub http: reqwest::Client,
+    pub way: Way,
 }
 
 impl Fleet {
@@ -402,13 +432,11 @@ impl Fleet {
         accept: &str,
     ) -> Result<Found, (StatusCode, String)> {
         let silent = |error: reqwest::Error| {
-            (
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("the collector does not answer: {}", error.without_url()),
-            )
+            (StatusCode::SERVICE_UNAVAILABLE, format!("the collector does not answer: {}", why(error)))
         };
         let query = crate::vendor::stripe::form::serialise(query);
-        let asked = self.http.get(format!("{}/audit?{query}", self.target.url)).header("accept", accept);
+        let asked =
+            self.way.http().get(format!("{}/audit?{query}", self.target.url)).header("accept", accept);
         let answer = self.target.signed(asked).send().await.map_err(silent)?;
         let (status, headers) = (answer.status(), answer.headers().clone());
         let body = text_of(answer, PAGE_BYTES_MAX).await.map_err(silent)?;
@@ -431,10 +459,10 @@ pub struct Found {
     pub next: Option<HeaderValue>,
 }
 
-/// The way to a collector: nothing is sent on to another host, or through somebody else's proxy.
+/// A client for a collector: nothing is sent on to another host, or through somebody else's proxy.
 ///
 /// # Errors
-/// When the client cannot be made.
+/// When it cannot be made.
 pub fn client(tls: rustls::ClientConfig) -> reqwest::Result<reqwest::Client> {
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
@@ -443,6 +471,14 @@ pub fn client(tls: rustls::ClientConfig) -> reqwest::Result<reqwest::Client> {
         .no_proxy()
         .timeout(Duration::from_secs(TIMEOUT_S))
         .build()
+}
+
+/// Why no answer came, down to the cause: the outermost error says no more than that.
+pub fn why(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    let told: Vec<String> = causes.take(CAUSES_MAX).map(|cause| format!(": {cause}")).collect();
+    format!("{error}{}", told.concat())
 }
 
 /// An answer's text, cut where it is longer than it may be.

@@ -202,8 +202,8 @@ async fn collector(config: &Config) -> Finding {
         }
         Ok(answer) => finding("collector", Verdict::Bad, format!("{url} answers {}", answer.status())),
         Err(error) => {
-            let error = error.without_url();
-            finding("collector", Verdict::Bad, format!("{url} does not answer ({error}); records wait here"))
+            let why = ship::why(error);
+            finding("collector", Verdict::Bad, format!("{url} does not answer ({why}); records wait here"))
         }
     }
 }

@@ -4,7 +4,7 @@ mod way;
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use serde_json::{Value, json};
@@ -22,14 +22,32 @@ fn token(node: &str) -> String {
     format!("token-of-{node}-0123456789abcdef0123456789abcdef")
 }
 
-/// A collector for some nodes, without TLS, and the directory of its records.
+/// A collector for some nodes, and the directory of its records.
 struct Collector {
     process: Sidecar,
     dir: tempfile::TempDir,
 }
 
 impl Collector {
+    /// Without TLS.
     async fn start(nodes: &[&str]) -> Self {
+        Self::start_with("off", nodes).await
+    }
+
+    /// With an authority of its own.
+    async fn start_with_tls(nodes: &[&str]) -> Self {
+        let mut collector = Self::start_with("auto", nodes).await;
+        let ca = collector.ca();
+        collector.process.trusts(&ca);
+        collector
+    }
+
+    /// The certificate of its authority.
+    fn ca(&self) -> PathBuf {
+        self.process.data.join("tls/ca.pem")
+    }
+
+    async fn start_with(tls: &str, nodes: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tokens: Vec<String> = nodes.iter().map(|node| format!("{node} {}", token(node))).collect();
         std::fs::write(dir.path().join("tokens"), tokens.join("\n")).unwrap();
@@ -45,7 +63,7 @@ impl Collector {
                 ("COLLECT_DATA_DIR", data),
                 ("COLLECT_TOKENS_FILE", dir.path().join("tokens").display().to_string()),
                 ("COLLECT_QUERY_KEY", QUERY_KEY.to_owned()),
-                ("TLS", "off".to_owned()),
+                ("TLS", tls.to_owned()),
                 ("LOG", "debug".to_owned()),
             ]
             .map(|(name, value)| (format!("KEYBRAKE_{name}"), value)),

@@ -446,7 +446,7 @@ async fn pass(client: impl AsyncRead + AsyncWrite, stripe: SocketAddr, lines: wa
 
 /// Certificates of this name by the authority of this folder.
 #[expect(clippy::disallowed_methods, reason = "who checks them compares with the machine's clock")]
-fn tls_of(dir: &Path, name: &str) -> Arc<rustls::ServerConfig> {
+pub(crate) fn tls_of(dir: &Path, name: &str) -> Arc<rustls::ServerConfig> {
     let names = vec![TlsName::parse(name).unwrap()];
     let source = TlsSource::Auto { dir: dir.to_owned(), names, ca_out: None };
     ServerTls::new(source, SystemTime::now()).unwrap().config()

@@ -28,6 +28,8 @@ pub(crate) struct Sidecar {
     env: BTreeMap<String, String>,
     log: Arc<Mutex<String>>,
     http: reqwest::Client,
+    /// Whose certificates its clients trust.
+    ca: Option<PathBuf>,
     dir: Option<tempfile::TempDir>,
     role: &'static str,
 }
@@ -164,6 +166,7 @@ impl Sidecar {
             env,
             log,
             http: client(),
+            ca: None,
             dir: None,
             role: "serve",
         }
@@ -182,6 +185,14 @@ impl Sidecar {
             assert!(since.elapsed() < PATIENCE, "the sidecar is not ready:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Trusts this authority alone from now on.
+    pub(crate) fn trusts(&mut self, ca: &Path) {
+        let authority = reqwest::Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
+        let trusting = reqwest::Client::builder().no_proxy().timeout(PATIENCE).tls_certs_only([authority]);
+        self.http = trusting.build().unwrap();
+        self.ca = Some(ca.to_owned());
     }
 
     /// All that it has written to its log.
@@ -227,6 +238,9 @@ impl Sidecar {
         let mut again = Self::spawn_by(program(&self.env).arg(self.role), self.env.clone());
         again.role = self.role;
         again.dir = self.dir.take();
+        if let Some(ca) = &self.ca {
+            again.trusts(ca);
+        }
         *self = again;
         self.ready().await;
     }

@@ -4,18 +4,19 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use keybrake::id::{BootId, LedgerId};
 use keybrake::ledger::{Ledger, Opening};
 use keybrake::secret::{Mode, Secret};
-use keybrake::ship::{self, Format, Progress, Shipper, Target};
+use keybrake::ship::{Format, Progress, Shipper, Target, Way};
 use keybrake::telemetry::Metrics;
 use keybrake::time::{Clock, HOUR_MS, UnixMs};
 use keybrake::{random, tls};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -24,14 +25,16 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Collector, token};
 use crate::dice::{Dice, Told, seeds};
+use crate::own_faults::tls_of;
 use crate::standin::{Options, Standin};
-use crate::support::{PATIENCE, Sidecar};
+use crate::support::{PATIENCE, Sidecar, client, run};
 
 /// A ledger that is shipped in this process, by a clock that is set by hand.
 struct Shipped {
     ledger: Ledger,
     hand: Arc<AtomicU64>,
     progress: Arc<Progress>,
+    way: Way,
     stop: CancellationToken,
     _dir: tempfile::TempDir,
 }
@@ -54,6 +57,7 @@ impl Shipped {
         };
         let ledger = Ledger::open(&dir.path().join("keybrake.redb"), opening).unwrap();
         ledger.bind("acct_1".to_owned(), [7; 32]).await.unwrap();
+        let way = Way::new(tls::client_config(ca).unwrap()).unwrap();
         let (progress, stop) = (Arc::new(Progress::default()), CancellationToken::new());
         let shipper = Shipper {
             ledger: ledger.clone(),
@@ -62,12 +66,12 @@ impl Shipped {
                 token: Arc::new(Secret::new(token(node)).into()),
                 format: Format::Keybrake,
             },
-            http: ship::client(tls::client_config(ca).unwrap()).unwrap(),
+            way: way.clone(),
             progress: Arc::clone(&progress),
             metrics: Metrics::default(),
         };
         tokio::spawn(shipper.run(stop.clone(), oneshot::channel().0));
-        Self { ledger, hand, progress, stop, _dir: dir }
+        Self { ledger, hand, progress, way, stop, _dir: dir }
     }
 
     fn pass(&self, millis: u64) {
@@ -288,4 +292,88 @@ async fn a_way_that_is_cut_within_batches_loses_and_doubles_nothing() {
         assert!(collector.is_whole().await && evidence == json!([]), "{evidence}");
         drop(told);
     }
+}
+
+/// How a certificate is refused that nobody trusted vouches for.
+const UNTRUSTED: &str = "invalid peer certificate: UnknownIssuer";
+
+/// Another authority, whose certificates bear the collector's name.
+fn foreign_authority(dir: &Path) -> PathBuf {
+    drop(tls_of(dir, "127.0.0.1"));
+    dir.join("ca.pem")
+}
+
+/// Whoever answers has to prove that it is the collector. Until it can, charges go on and their records wait.
+#[tokio::test]
+async fn a_collector_that_is_not_trusted_gets_nothing_and_then_everything() {
+    let (standin, dir) = (Standin::start(Options::default()), tempfile::tempdir().unwrap());
+    let collector = Collector::start_with_tls(&["a"]).await;
+    let ca = dir.path().join("collector-ca.pem");
+    std::fs::copy(foreign_authority(&dir.path().join("foreign")), &ca).unwrap();
+    let mut env = collector.env_of("a", &standin, &dir.path().join("data"));
+    env.insert("KEYBRAKE_COLLECTOR_CA_FILE".to_owned(), ca.display().to_string());
+    let mut sidecar = Sidecar::spawn(env);
+    sidecar.ready().await;
+    let backlog = async || -> usize {
+        let metrics = client().get(format!("{}/metrics", sidecar.ops)).send().await.unwrap();
+        let metrics = metrics.text().await.unwrap();
+        metrics.lines().find_map(|line| line.strip_prefix("keybrake_audit_backlog ")?.parse().ok()).unwrap()
+    };
+    let (key, _) = sidecar.mint("50.00", json!({})).await;
+    for n in 0..5 {
+        let before = backlog().await;
+        assert_eq!(sidecar.charge(&key, &format!("n-{n}"), 100, "cus_1").await.status, 200);
+        assert_eq!(backlog().await, before + 2, "both records of the charge wait");
+    }
+    let refused = |line: &str| line.contains("cannot be shipped") && line.contains(UNTRUSTED);
+    assert!(sidecar.log().lines().any(refused), "{}", sidecar.log());
+    let (_, told, complaint) = run(sidecar.env(), &["doctor", "--json"]);
+    let told: Value = serde_json::from_str(&told).unwrap_or_else(|_| panic!("{told}{complaint}"));
+    let finding =
+        told["findings"].as_array().unwrap().iter().find(|one| one["check"] == "collector").unwrap();
+    assert!(
+        finding["verdict"] == "BAD" && finding["told"].as_str().unwrap().contains(UNTRUSTED),
+        "{finding}"
+    );
+    let fleet = sidecar.admin("GET", "/audit?fleet=true", None).await;
+    assert_eq!(fleet.verdict(), (502, "upstream_unreachable"), "{}", fleet.text);
+    assert_eq!((collector.node("a").await, sidecar.readyz().await), (Value::Null, 200));
+
+    std::fs::copy(collector.ca(), &ca).unwrap();
+    let hup = Command::new("kill").arg("-HUP").arg(sidecar.pid().to_string()).status();
+    assert!(hup.unwrap().success());
+    collector.has_all_of(&sidecar, "a").await;
+    assert_eq!(collector.records("events=all").await, sidecar.audit("events=all").await);
+    assert_eq!((collector.records("outcome=spent").await.len(), collector.is_whole().await), (5, true));
+    let fleet = sidecar.admin("GET", "/audit?fleet=true&outcome=spent", None).await;
+    assert_eq!(fleet.body["data"].as_array().map(Vec::len), Some(5), "{}", fleet.text);
+
+    // Taken for the collector at the start as well, and by nobody without its authority.
+    assert!(sidecar.terminate().success());
+    sidecar.restart().await;
+    assert_eq!(sidecar.charge(&key, "n-5", 100, "cus_1").await.status, 200);
+    collector.has_all_of(&sidecar, "a").await;
+    assert!(client().get(format!("{}/audit", collector.process.base)).send().await.is_err());
+}
+
+/// The probe warns of it, with the reason, and goes on to be ready.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_that_have_waited_for_long_are_warned_of_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let collector = Collector::start_with_tls(&["a"]).await;
+    let foreign = foreign_authority(dir.path());
+    let shipped = Shipped::start("a", &collector, Some(&foreign)).await;
+    shipped.pass(599_999);
+    assert_eq!(shipped.warnings(), [""; 0]);
+    shipped.pass(1);
+    let waiting = format!("{} audit records wait", shipped.progress.backlog(&shipped.ledger).0);
+    shipped
+        .until("a warning", || {
+            let told = shipped.warnings().concat();
+            told.starts_with(&waiting) && told.contains("the oldest for 600 s") && told.contains(UNTRUSTED)
+        })
+        .await;
+    shipped.way.trust(tls::client_config(Some(&collector.ca())).unwrap()).unwrap();
+    shipped.is_shipped().await;
+    assert_eq!(shipped.warnings(), [""; 0]);
 }
