@@ -118,7 +118,7 @@ class Sidecar:
                 "allowed_endpoints": ["POST /v1/charges"],
                 "max_cap_usd": "1000.00",
                 "daily_usd_cap": "5000.00",
-                "max_expires_in_seconds": 3600,
+                "max_expires_in_seconds": 7200,
                 "expires_in_seconds": 86400,
             }
             self._issuer_key = self.api("POST", "/admin/issuers", bounds)["issuer_key"]

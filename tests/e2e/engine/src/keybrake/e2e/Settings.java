@@ -15,8 +15,9 @@ final class Settings {
         settings.put("kestra.repository.type", "h2");
         settings.put("kestra.queue.type", "h2");
         // Commits are written at once. By default H2 writes them up to half a second later, and after a SIGKILL in that
-        // time an index was sometimes broken (1 time in 8).
-        settings.put("datasources.h2.url", "jdbc:h2:file:" + data.resolve("database")
+        // time an index was sometimes broken (1 time in 8). `retry` opens the file again where the kill of an execution
+        // interrupted a thread of Kestra's in the middle of a write, which closes it.
+        settings.put("datasources.h2.url", "jdbc:h2:retry:" + data.resolve("database")
             + ";TIME ZONE=UTC;DB_CLOSE_DELAY=-1;DB_CLOSE_ON_EXIT=FALSE;WRITE_DELAY=0");
         settings.put("datasources.h2.username", "sa");
         settings.put("datasources.h2.password", "");
@@ -25,6 +26,8 @@ final class Settings {
         settings.put("kestra.storage.local.base-path", data.resolve("storage").toString());
         settings.put("kestra.tasks.tmp-dir.path", data.resolve("tasks").toString());
         settings.put("kestra.variables.env-vars-prefix", "ENV_");
+        // For inputs of type SECRET: what they are encrypted with in the database of this test.
+        settings.put("kestra.encryption.secret-key", "a2V5YnJha2Uta2V5YnJha2Uta2V5YnJha2Uta2V5YnI=");
         settings.put("kestra.plugins.configurations", List.of(Map.of(
             "type", "io.kestra.plugin.scripts.runner.docker.Docker", "values", Map.of("volume-enabled", true))));
         settings.put("kestra.anonymous-usage-report.enabled", false);
