@@ -420,7 +420,7 @@ fn read_secret(path: &Path) -> Result<String, String> {
 }
 
 /// Mounted secrets mostly fail by their owner, which only the id of this process explains.
-fn unreadable(error: &io::Error) -> String {
+pub(super) fn unreadable(error: &io::Error) -> String {
     format!("cannot be read by uid {}: {error}", uid())
 }
 

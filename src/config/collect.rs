@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::check::{Check, RawTls, or_default};
+use super::check::{Check, RawTls, or_default, unreadable};
 use super::given::{Given, Reader};
 use super::{ConfigErrors, LogFormat, Variable, secret, setting};
 use crate::collect::{NodeToken, TOKEN_CHARS_MIN, parse_tokens};
@@ -266,7 +266,7 @@ pub fn read_tokens(path: &Path) -> Result<Vec<NodeToken>, String> {
     let mut text = String::new();
     std::fs::File::open(path)
         .and_then(|file| file.take(TOKENS_BYTES_MAX).read_to_string(&mut text))
-        .map_err(|error| format!("cannot be read: {error}"))?;
+        .map_err(|error| unreadable(&error))?;
     parse_tokens(&text)
 }
 
@@ -318,6 +318,11 @@ mod tests {
         }
         let twice = refused(&format!("a {TOKEN}\nb {TOKEN}"), &[]);
         assert!(twice.contains("line 2: the token is another line's too"), "{twice}");
+        // A mounted file mostly fails by its owner, so the message names the uid that may not read it.
+        let gone = CollectConfig::from_pairs([("KEYBRAKE_COLLECT_TOKENS_FILE".into(), "/nowhere".into())]);
+        let uid = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
+        let told = format!("KEYBRAKE_COLLECT_TOKENS_FILE: cannot be read by uid {uid}: ");
+        assert!(gone.unwrap_err().to_string().contains(&told));
         // Secrets of a sidecar are no business of a collector's.
         read(&format!("a {TOKEN}"), &[("KEYBRAKE_ADMIN_KEY", "x"), ("KEYBRAKE_URL", "y")]).unwrap();
     }
