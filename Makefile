@@ -1,14 +1,14 @@
-# A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks` and a C++ compiler in
-# `fuzz`; Node and Go come as Python wheels.
+# A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks`, a C++ compiler in
+# `fuzz` and a Docker engine in `image` and `test-docker`; Node and Go come as Python wheels.
 
 PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long fuzz bench lint
+.PHONY: help demo run test test-sdks test-long fuzz bench lint image test-docker
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## what a billing flow charges without Keybrake and with it: offline, no Stripe account (DEMO=--json for machines)
 	@$(BUILD)
@@ -48,3 +48,13 @@ lint: ## formatting, clippy and rustdoc, warnings as errors
 	cargo fmt --check --manifest-path tests/fuzz/Cargo.toml
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps
+
+IMAGE ?= keybrake:dev
+RUST ?= rust:1.95-bookworm
+
+image: ## the container image IMAGE=keybrake:dev: a static binary on nothing, built in RUST=rust:1.95-bookworm
+	docker build --file docker/Dockerfile --build-arg RUST=$(RUST) --tag $(IMAGE) .
+
+test-docker: ## image and compose files with a real Docker engine: the one that answers, else (as root) Debian's own
+	$(BUILD)
+	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/docker
