@@ -1,0 +1,192 @@
+"""The compose files, over what Kestra publishes, with stand-ins for Kestra and Stripe."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, TASK_COMMAND, Project, Stage, billing
+from engine import CommandError, Compose
+from rig.process import REPO, wait_until
+
+OFFICIAL = HERE / "kestra.compose.yaml"
+KESTRA = REPO / "docker" / "compose.kestra.yaml"
+PROCESS = REPO / "docker" / "compose.process.yaml"
+ALIAS = REPO / "docker" / "compose.alias.yaml"
+FLEET = REPO / "docker" / "compose.fleet.yaml"
+STANDIN = HERE / "standin.compose.yaml"
+SHARED = "container:{container}"
+# Exits 0 when somebody listens there, whatever the name or the address is.
+REACH = "import socket,sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+
+
+def project(stage: Stage, compose: Compose, *files: Path) -> Project:
+    return Project(stage, compose, list(files), stage.settings())
+
+
+def read(stage: Stage, compose: Compose, *files: Path) -> dict[str, Any]:
+    """What compose makes of the files of users, with no setting of ours."""
+    told = compose.run(list(files), "config", "--format", "json", project=stage.name, settings={})
+    return json.loads(told)["services"]
+
+
+@pytest.mark.parametrize("extra", [[], [PROCESS], [ALIAS]], ids=["kestra", "process", "alias"])
+def test_an_overlay_adds_to_what_kestra_publishes(stage: Stage, compose: Compose, extra: list[Path]) -> None:
+    before = read(stage, compose, OFFICIAL)["kestra"]
+    services = read(stage, compose, OFFICIAL, KESTRA, *extra)
+    kestra, sidecar = services["kestra"], services["keybrake"]
+    assert kestra["environment"].items() >= before["environment"].items()
+    assert kestra["depends_on"]["keybrake"]["condition"] == "service_healthy"
+    assert kestra["depends_on"].items() >= before["depends_on"].items()
+    assert [volume for volume in before["volumes"] if volume not in kestra["volumes"]] == []
+
+    plugins = json.loads(kestra["environment"]["MICRONAUT_APPLICATION_JSON"])["kestra"]["plugins"]
+    assert plugins["configurations"][0]["values"] == {"volume-enabled": True}
+    assert (sidecar["container_name"], kestra["environment"]["ENV_KEYBRAKE_CONTAINER"]) == ("keybrake-1", "keybrake-1")
+    assert not [name for name in kestra["environment"] if "STRIPE" in name or "ADMIN" in name]
+    assert "secrets" not in kestra
+    assert sidecar["read_only"] and sidecar["cap_drop"] == ["ALL"]
+
+
+def test_the_runner_of_docker_charges_once(stage: Stage, compose: Compose, customer: str) -> None:
+    ours = project(stage, compose, OFFICIAL, KESTRA, STANDIN)
+    sidecar = ours.settings["KEYBRAKE_CONTAINER"]
+    ours.up()
+    ours.give_issuer_key(sidecar)
+    charged = ours.task(customer, SHARED)
+    assert re.fullmatch(rf"{customer} ch_\w+", charged)
+    assert ours.task(customer, SHARED) == charged
+    assert len(stage.standin.executed(customer)) == 1
+    assert [row["decision"] for row in stage.audit(sidecar, f"customer={customer}")] == ["replayed", "forwarded"]
+    # A task is where the sidecar is, and not where Kestra and its database are.
+    find = ["python3", "-c", "import socket; print(socket.gethostbyname('postgres'))"]
+    ours.run("exec", "-T", "kestra", *find)
+    with pytest.raises(CommandError, match="gaierror"):
+        ours.task(customer, SHARED, command=find)
+    # Kestra does not have the key that it charges with.
+    environment = json.dumps(stage.engine.inspect(f"{stage.name}-kestra-1")["Config"]["Env"])
+    assert stage.standin.secret_key not in environment and stage.admin_key not in environment
+
+    ours.run("stop")
+    state = {name: stage.engine.inspect(name)["State"] for name in (f"{stage.name}-kestra-1", sidecar)}
+    assert state[sidecar]["ExitCode"] == 0
+    assert state[f"{stage.name}-kestra-1"]["FinishedAt"] < state[sidecar]["FinishedAt"]
+
+
+def test_the_runner_of_processes_finds_it_on_localhost(stage: Stage, compose: Compose, customer: str) -> None:
+    ours = project(stage, compose, OFFICIAL, KESTRA, PROCESS, STANDIN)
+    ours.up()
+    ours.give_issuer_key(ours.settings["KEYBRAKE_CONTAINER"])
+    charged = run_on_worker(ours, customer)
+    # One sidecar for both runners.
+    assert ours.task(customer, SHARED) == charged
+    assert len(stage.standin.executed(customer)) == 1
+
+
+def run_on_worker(ours: Project, customer: str) -> str:
+    """A script as a child of the worker, with the worker's environment and what the flow takes from it."""
+    given = (
+        "import base64, json, os, subprocess, sys\n"
+        "e = dict(os.environ, KEYBRAKE_URL=os.environ['ENV_KEYBRAKE_URL'], KEYBRAKE_CA=os.environ['ENV_KEYBRAKE_CA'],\n"
+        "    KEYBRAKE_ISSUER_KEY=base64.b64decode(os.environ['SECRET_KEYBRAKE_ISSUER_KEY']).decode(),\n"
+        "    **json.loads(sys.argv[1]))\n"
+        "sys.exit(subprocess.run(json.loads(sys.argv[2]), env=e).returncode)\n"
+    )
+    task = [json.dumps(billing(customer)), json.dumps(TASK_COMMAND)]
+    return ours.run("exec", "-T", "kestra", "python3", "-c", given, *task).strip()
+
+
+def test_on_a_network_of_their_own_tasks_reach_the_sidecar_and_nothing_else(
+    stage: Stage, compose: Compose, customer: str
+) -> None:
+    ours = project(stage, compose, OFFICIAL, KESTRA, ALIAS, STANDIN)
+    network = ours.settings["KEYBRAKE_NETWORK"]
+    sidecar = ours.settings["KEYBRAKE_CONTAINER"]
+    ours.up()
+    ours.give_issuer_key(sidecar)
+    charged = ours.task(customer, network)
+    assert ours.task(customer, network) == charged
+    # The runner of processes is on the other network, and the sidecar on both.
+    assert run_on_worker(ours, customer) == charged
+    assert len(stage.standin.executed(customer)) == 1
+
+    addresses = {name: net["IPAddress"] for name, net in networks(stage, sidecar).items()}
+    outside = networks(stage, f"{stage.name}-kestra-1")[f"{stage.name}_default"]
+    listen = "import http.server as h; h.HTTPServer(('', 8080), h.SimpleHTTPRequestHandler).serve_forever()"
+    ours.run("exec", "-T", "--detach", "kestra", "python3", "-c", listen)
+
+    def reach(where: str, port: str, by: str) -> None:
+        ours.run("exec", "-T", by, "python3", "-c", REACH, where, port)
+
+    def from_task(where: str, port: str) -> None:
+        ours.task(customer, network, command=["python3", "-c", REACH, where, port])
+
+    def listening() -> bool:
+        try:
+            reach(outside["IPAddress"], "8080", "postgres")
+        except CommandError:
+            return False
+        return True
+
+    wait_until("somebody listens outside", listening)
+    from_task("keybrake", "8443")
+    told = json.loads(stage.engine.docker("network", "inspect", network))[0]
+    machine = told["IPAM"]["Config"][0]["Gateway"]
+    # Else a task would reach what listens on all addresses of the machine.
+    with pytest.raises(OSError, match="assign"), socket.create_server((machine, 0)):
+        pass
+    for where, port in (
+        (machine, "8080"),
+        (outside["IPAddress"], "8080"),
+        # The sidecar's own other doors: its probes, and Stripe behind it.
+        (addresses[network], "9464"),
+        (addresses[network], "12111"),
+    ):
+        with pytest.raises(CommandError, match="unreachable|refused|timed out"):
+            from_task(where, port)
+
+
+def networks(stage: Stage, container: str) -> dict[str, dict[str, Any]]:
+    return stage.engine.inspect(container)["NetworkSettings"]["Networks"]
+
+
+def test_a_fleet_ships_to_its_collector(stage: Stage, compose: Compose, customer: str) -> None:
+    services = read(stage, compose, FLEET)
+    assert {"kestra", "postgres", "worker-1", "worker-2", "keybrake-1", "keybrake-2", "collector"} == set(services)
+    ours = project(stage, compose, FLEET, HERE / "standin.fleet.yaml")
+    ours.up()
+    for number in ("1", "2"):
+        sidecar = f"{ours.settings['KEYBRAKE_CONTAINER']}-{number}"
+        ours.give_issuer_key(sidecar, f"SECRET_KEYBRAKE_ISSUER_KEY_{number}")
+        own = f"{customer}{number}"
+        charged = ours.task(own, SHARED, worker=f"worker-{number}")
+        assert ours.task(own, SHARED, worker=f"worker-{number}") == charged
+        assert len(stage.standin.executed(own)) == 1
+
+    def shipped() -> dict[str, Any] | None:
+        nodes = {node["node"]: node for node in ask_collector(ours, "/audit/nodes")}
+        caught_up = all(node["backlog"] == 0 for node in nodes.values())
+        return nodes if set(nodes) == {"worker-1", "worker-2"} and caught_up else None
+
+    nodes = wait_until("both sidecars have shipped all", shipped)
+    assert all(len(node["chains"]) == 1 for node in nodes.values())
+    asked = ["exec", "-T", "collector", "/keybrake", "audit", "query", "outcome=spent", "--json"]
+    spent = {(row["node"], row["customer"]) for row in json.loads(ours.run(*asked))["data"]}
+    assert spent == {("worker-1", f"{customer}1"), ("worker-2", f"{customer}2")}
+
+
+def ask_collector(ours: Project, path: str) -> list[dict[str, Any]]:
+    """From within its container's network: only the sidecars know another way."""
+    stage = ours.stage
+    ask = (
+        "import ssl, sys, urllib.request as r\n"
+        "q = r.Request('https://localhost:8444' + sys.argv[1], headers={'Authorization': 'Bearer ' + sys.argv[2]})\n"
+        "print(r.urlopen(q, timeout=10, context=ssl.create_default_context(cafile='/ca/ca.pem')).read().decode())\n"
+    )
+    network, ca = f"container:{stage.name}-collector-1", f"{stage.name}_keybrake-collector-ca:/ca:ro"
+    run = ["run", "--rm", "--network", network, "--volume", ca, "--entrypoint", "python3", stage.task_image]
+    return json.loads(stage.engine.docker(*run, "-c", ask, path, stage.query_key))["data"]
