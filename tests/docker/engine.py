@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, NoReturn
 
 import pytest
 import setup
@@ -30,7 +30,7 @@ class CommandError(Exception):
     """A command that failed; the message holds what it said."""
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Whoever asks for these tests wants them run: that they cannot is no success."""
     pytest.exit(f"test-docker: {what}", returncode=1)
 
@@ -77,9 +77,9 @@ def installed(program: str, package: str) -> None:
 class Engine:
     """The `docker` command, towards one engine."""
 
-    def __init__(self, host: str | None) -> None:
-        self.environment = clean_environment({"DOCKER_HOST": host} if host else {})
-        self.socket = (host or "unix:///var/run/docker.sock").removeprefix("unix://")
+    def __init__(self, host: str) -> None:
+        self.environment = clean_environment({"DOCKER_HOST": host})
+        self.socket = host.removeprefix("unix://")
 
     def docker(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         return command(["docker", *arguments], self.environment, timeout_s=timeout_s)
@@ -125,13 +125,19 @@ class Engine:
 
 
 def engine() -> Iterator[Engine]:
-    """The engine of DOCKER_HOST or of the default socket; else one that lives as long as this run."""
-    here = Engine(os.environ.get("DOCKER_HOST"))
-    if shutil.which("docker") and here.answers():
-        yield here
-        return
-    if os.environ.get("DOCKER_HOST"):
-        missing(f"no Docker engine answers at DOCKER_HOST={os.environ['DOCKER_HOST']}")
+    """The engine of DOCKER_HOST or of the current context; else one that lives as long as this run."""
+    given = os.environ.get("DOCKER_HOST")
+    if shutil.which("docker"):
+        host = given or command(["docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"]).strip()
+        # Containers get its socket and directories of this machine.
+        if not host.startswith("unix://"):
+            missing(f"needs an engine of this machine, on a Unix socket, not {host}: set DOCKER_HOST")
+        here = Engine(host)
+        if here.answers():
+            yield here
+            return
+    if given:
+        missing(f"no Docker engine answers at DOCKER_HOST={given}")
     if os.geteuid() != 0:
         missing("no Docker engine answers, and only root may start one: start one, or set DOCKER_HOST")
     # The package holds the command too.
