@@ -1,11 +1,11 @@
 # A Rust toolchain, Python 3.9 or later and make are all that these need, but for Java in `test-sdks`, a C++ compiler in
-# `fuzz` and a Docker engine in `image` and `test-docker`; Node and Go come as Python wheels.
+# `fuzz`, Maven and a JDK 25 in `e2e`, and a Docker engine in `image` and `test-docker`; Node and Go come as Python wheels.
 
 PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long fuzz bench lint image test-docker
+.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-long: export KEYBRAKE_TEST_FORMS ?= 50000
 test-long: export KEYBRAKE_TEST_HISTORIES ?= 10000
 test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
+
+e2e: ## the flows of kestra/ on the real Kestra engine, 1.3 and 2.0, with and without Keybrake (E2E_VERSIONS, E2E_ONLY, KESTRA_URL)
+	$(BUILD)
+	"$$($(PYTHON) tests/sdk/setup.py)" tests/e2e/e2e.py $(E2E)
 
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
 	@sh tests/fuzz/run.sh

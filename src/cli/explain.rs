@@ -19,8 +19,9 @@ use crate::cli::output::line;
 const NAMES: &[&str] =
     &["call_id", "hold_id", "request_id", "stripe_request_id", "object_id", "idempotency_key"];
 
-/// Records by their place in the log.
-type Found = BTreeMap<u64, Value>;
+/// Records in the order in which they were made: by time, chain and sequence. A collector has many chains, and each has a
+/// record 1; within one, no time is before that of the record before it.
+type Found = BTreeMap<(String, String, u64), Value>;
 
 /// Tells what a running sidecar has recorded.
 pub(super) async fn of_sidecar(client: &Client, id: &str, json: Json) -> Result<ExitCode> {
@@ -72,7 +73,12 @@ fn is_named(record: &Value, id: &str) -> bool {
 }
 
 fn keep(found: &mut Found, records: impl IntoIterator<Item = Value>) {
-    found.extend(records.into_iter().filter_map(|record| Some((record["seq"].as_u64()?, record))));
+    found.extend(records.into_iter().filter_map(|record| Some((place_of(&record)?, record))));
+}
+
+fn place_of(record: &Value) -> Option<(String, String, u64)> {
+    let text = |field: &str| record[field].as_str().map(str::to_owned);
+    Some((text("at")?, text("chain_id")?, record["seq"].as_u64()?))
 }
 
 fn calls_of(found: &Found) -> BTreeSet<String> {
@@ -98,7 +104,7 @@ fn show(id: &str, found: &Found, json: Json) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut before = Vec::new();
-    for (seq, record) in found {
+    for ((_, _, seq), record) in found {
         let text = |field: &str| record[field].as_str().unwrap_or("-").to_owned();
         line(&format!("{}  {} of {}, record {seq}", text("at"), text("event"), text("call_id")));
         let says = said_by(record);
@@ -109,4 +115,26 @@ fn show(id: &str, found: &Found, json: Json) -> Result<ExitCode> {
         before = says;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_of_two_chains_are_told_in_the_order_of_their_time() {
+        let record = |chain: &str, seq: u64, at: &str| json!({ "chain_id": chain, "seq": seq, "at": at });
+        let mut found = Found::new();
+        keep(
+            &mut found,
+            [record("ldg_b", 2, "2026-07-01T10:00:00.000Z"), record("ldg_b", 10, "2026-07-01T10:00:02.000Z")],
+        );
+        keep(
+            &mut found,
+            [record("ldg_a", 2, "2026-07-01T10:00:01.000Z"), record("ldg_b", 10, "2026-07-01T10:00:02.000Z")],
+        );
+        let order: Vec<_> =
+            found.values().map(|record| (record["chain_id"].as_str(), record["seq"].as_u64())).collect();
+        assert_eq!(order, [(Some("ldg_b"), Some(2)), (Some("ldg_a"), Some(2)), (Some("ldg_b"), Some(10))]);
+    }
 }
