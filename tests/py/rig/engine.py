@@ -21,11 +21,11 @@ from .process import REPO, RigError, clean_environment, wait_until
 
 SETUP_TIMEOUT_S = 900.0
 # Seconds on an idle machine; a busy one takes long.
-READY_TIMEOUT_S = 180.0
+READY_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 30.0
 # An execution ends within seconds; one whose worker was lost waits for that to be noticed.
 WAIT_TIMEOUT_S = 90.0
-RESTART_TIMEOUT_S = 10.0
+RESTART_TIMEOUT_S = 20.0
 # What is left to do when the grace of the worker is over.
 STOP_EXTRA_S = 30.0
 POLL_S = 0.1
@@ -175,16 +175,15 @@ class EmbeddedKestra(Kestra):
     def __init__(
         self, version: str, workdir: Path, environment: Mapping[str, str] | None = None, grace_s: float = 5.0
     ) -> None:
-        made = made_engine(version)
+        engine = made(version)
         self.version = version
-        self.dialect = made["dialect"]
+        self.dialect = engine["dialect"]
         self.log = workdir / f"kestra-{version}.log"
         self._data = workdir / f"kestra-{version}"
         self._data.mkdir(parents=True, exist_ok=True)
         self._grace_s = grace_s
-        self._command = [*made["command"], str(self._data), f"PT{grace_s}S"]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        self._environment = clean_environment({"PATH": path, **(environment or {})})
+        self._command = [*engine["command"], str(self._data), f"PT{grace_s}S"]
+        self._environment = clean_environment({**worker_path(), **(environment or {})})
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -249,23 +248,20 @@ class EmbeddedKestra(Kestra):
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
+    def hang_up(self) -> None:
+        """What the engine sees when the process that started it is gone."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.close()
+        self._ended(STOP_EXTRA_S)
+
     def scripts(self) -> list[int]:
         """Processes that run in a working directory of a task here, those of an engine that is gone too."""
-        tasks = str(self._data / "tasks")
-        return [pid for pid, command in running() if tasks in command and pid != self._process_id()]
-
-    def _process_id(self) -> int | None:
-        return self._process.pid if self._process is not None else None
-
-    def end_scripts(self) -> None:
-        for pid in self.scripts():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        return scripts_under(self._data / "tasks")
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.crash()
-        self.end_scripts()
+        end(self.scripts())
 
     def tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -350,18 +346,34 @@ def told_execution(told: dict[str, Any]) -> Execution:
     return Execution(**{**told, "outputs": told["outputs"] or {}, "task_runs": runs})
 
 
-def made_engine(version: str) -> dict[str, Any]:
-    """What tests/e2e/setup.py says of this version; it fetches and compiles it the first time."""
+def made(version: str, *options: str) -> dict[str, Any]:
+    """What tests/e2e/setup.py says of this version; it fetches and compiles the first time."""
     done = subprocess.run(
-        [sys.executable, str(REPO / "tests" / "e2e" / "setup.py"), version],
+        [sys.executable, str(REPO / "tests" / "e2e" / "setup.py"), *options, version],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         timeout=SETUP_TIMEOUT_S,
     )
     if done.returncode != 0:
-        raise RigError(f"no engine of Kestra {version}:\n{done.stderr}")
+        raise RigError(f"no Kestra {version}:\n{done.stderr}")
     return json.loads(done.stdout)
+
+
+def worker_path() -> dict[str, str]:
+    """PATH with this interpreter first."""
+    return {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}
+
+
+def scripts_under(tasks: Path) -> list[int]:
+    """Processes whose command line names a file there."""
+    return [pid for pid, command in running() if f"{tasks}{os.sep}" in command]
+
+
+def end(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def running() -> list[tuple[int, str]]:
@@ -377,5 +389,6 @@ def running() -> list[tuple[int, str]]:
         if entry.name.isdigit():
             # Ended since it was listed.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found.append((int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")))
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                found.append((int(entry.name), words.decode(errors="replace")))
     return found

@@ -149,6 +149,7 @@ final class Dialect {
     }
 
     List<Execution> iterations(Execution execution) {
-        return context.getBean(ExecutionRepositoryInterface.class).findLoopSubExecutions(Engine.TENANT, execution.getId(), null);
+        return context.getBean(ExecutionRepositoryInterface.class)
+            .findLoopSubExecutions(Engine.TENANT, execution.getId(), null);
     }
 }

@@ -17,13 +17,13 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * A double of the task of plugin-script-python, which is not where the engine's modules come from. All that moves files,
- * renders, starts processes or containers and reads outputs is Kestra's own; only the command line is ours. It runs
- * {@code python3} of the path and installs nothing. Properties of the true task that are missing here are refused when
- * a flow is checked, and {@code dependencies} when the task runs.
+ * A double of the task of plugin-script-python, which is not where the engine's modules come from. All that moves
+ * files, renders, starts processes or containers and reads outputs is Kestra's own; only the command line is ours. It
+ * runs {@code python3} of the path and installs nothing. Properties of the true task that are missing here are refused
+ * when a flow is checked, and {@code dependencies} when the task runs.
  */
 public class Script extends AbstractExecScript implements RunnableTask<ScriptOutput> {
-    /** The true task writes aliases of its own before the script: {@code from __future__} fails there as it does here. */
+    /** The true task writes such aliases before the script too: {@code from __future__} fails there as it does here. */
     private static final String PRELUDE = "true, false, null = True, False, None\n";
 
     private static final Map<String, String> ENVIRONMENT = Map.of(
