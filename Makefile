@@ -5,7 +5,7 @@ PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker
+.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker test-helm
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,3 +62,7 @@ image: ## the container image IMAGE=keybrake:dev: a static binary on nothing, bu
 test-docker: ## image and compose files with a real Docker engine: the one that answers, else (as root) Debian's own
 	$(BUILD)
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/docker
+
+# The chart is Kestra's and not here: helm pull kestra --repo https://helm.kestra.io --version 1.0.54 --untar
+test-helm: ## the overlay of kestra/helm in CHARTS=kestra (Kestra's chart, unpacked; several with :), rendered by Helm's engine
+	KESTRA_CHARTS="$(CHARTS)" "$$($(PYTHON) tests/helm/setup.py)" -m pytest tests/helm
