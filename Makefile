@@ -5,10 +5,10 @@ PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker test-helm
+.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker test-helm test-k8s
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## what a billing flow charges without Keybrake and with it: offline, no Stripe account (DEMO=--json for machines)
 	@$(BUILD)
@@ -63,6 +63,16 @@ test-docker: ## image and compose files with a real Docker engine: the one that 
 	$(BUILD)
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/docker
 
-# The chart is Kestra's and not here: helm pull kestra --repo https://helm.kestra.io --version 1.0.54 --untar
-test-helm: ## the overlay of kestra/helm in CHARTS=kestra (Kestra's chart, unpacked; several with :), rendered by Helm's engine
+# The chart is Kestra's and not here: `helm pull` it from Kestra's chart repository, unpacked (--untar).
+test-helm: ## the overlay of kestra/helm in Kestra's chart, rendered by Helm's engine; CHARTS=kestra, the unpacked chart
 	KESTRA_CHARTS="$(CHARTS)" "$$($(PYTHON) tests/helm/setup.py)" -m pytest tests/helm
+
+MUSL = $(shell uname -m)-unknown-linux-musl
+test-k8s: export KEYBRAKE_TEST_BUILT ?= $(or $(CARGO_TARGET_DIR),target)/$(MUSL)/release
+# Debian's musl-tools, containerd, runc, containernetworking-plugins, etcd-server, busybox-static, and Go or its wheel.
+test-k8s: ## CHARTS=kestra installed in a real Kubernetes of one node, which is built first; needs root and an hour once
+	rustup target add $(MUSL)
+	cargo build --locked --release --target $(MUSL) --bin keybrake --example stripe-standin
+	$(PYTHON) tests/helm/setup.py --kubernetes >/dev/null
+	KESTRA_CHARTS="$(CHARTS)" KEYBRAKE_TEST_KUBERNETES="$$($(PYTHON) tests/helm/setup.py --kubernetes | tail -n 1)" \
+	  "$$($(PYTHON) tests/helm/setup.py)" -m pytest -s tests/helm/node
