@@ -30,7 +30,7 @@ def chart(request: pytest.FixtureRequest) -> Path:
     path: Path | None = request.param
     if path is None:
         pytest.fail(
-            "no chart: helm pull kestra --repo https://helm.kestra.io --version 1.0.54 --untar, "
+            "no chart: pull it from the chart repository of Kestra (helm pull, --untar), "
             "then make test-helm CHARTS=kestra"
         )
     return path

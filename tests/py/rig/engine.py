@@ -20,6 +20,8 @@ from typing import Any, Mapping
 from .process import REPO, RigError, clean_environment, wait_until
 
 SETUP_TIMEOUT_S = 900.0
+# How tests/e2e/setup.py ends when something is missing.
+EXIT_MISSING = 69
 # Seconds on an idle machine; a busy one takes long.
 READY_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 30.0
@@ -34,6 +36,10 @@ TERMINAL = frozenset({"SUCCESS", "WARNING", "FAILED", "KILLED", "CANCELLED", "SK
 
 class KestraRefused(Exception):
     """Kestra did not do what it was asked to, and says why."""
+
+
+class NoKestra(RigError):
+    """What it takes is not to be had on this machine."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +362,8 @@ def made(version: str, *options: str) -> dict[str, Any]:
         timeout=SETUP_TIMEOUT_S,
     )
     if done.returncode != 0:
-        raise RigError(f"no Kestra {version}:\n{done.stderr}")
+        kind = NoKestra if done.returncode == EXIT_MISSING else RigError
+        raise kind(f"no Kestra {version}:\n{done.stderr}")
     return json.loads(done.stdout)
 
 

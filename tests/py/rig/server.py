@@ -27,6 +27,7 @@ from .engine import (
     Execution,
     Kestra,
     KestraRefused,
+    NoKestra,
     TaskRun,
     end,
     made,
@@ -293,7 +294,7 @@ def obtain(
 ) -> Kestra:
     """A Kestra: the one at KESTRA_URL, else of this version the released jar, the official image, or the engine alone.
 
-    Says on stderr what was taken, and why nothing before it. A RigError when there is none.
+    Says on stderr what was taken, and why nothing before it. NoKestra when none is to be had.
     """
     url = os.environ.get("KESTRA_URL")
     if url:
@@ -305,11 +306,14 @@ def obtain(
         try:
             kestra = kind(version, workdir, environment, grace_s)
         except RigError as error:
+            if kind is EmbeddedKestra and not isinstance(error, NoKestra):
+                # It is there and broken, which is another matter.
+                raise
             why.append(f"{kind.__name__}: {' '.join(str(error).split())[:REASON_MAX]}")
             continue
         say(f"Kestra {version}: {kestra.how} ({'; '.join(why)})")
         return kestra
-    raise RigError(f"there is no Kestra {version}: {'; '.join(why)}")
+    raise NoKestra(f"there is no Kestra {version}: {'; '.join(why)}")
 
 
 def say(told: str) -> None:
