@@ -51,11 +51,10 @@ class Worker:
         runner = "type: io.kestra.plugin.scripts.runner.docker.Docker\n"
         for ours, of_stage in (
             (runner, f"{runner}      host: unix://{self.stage.engine.socket}\n"),
-            ("keybrake-ca:", f"{self.stage.name}-ca:"),
+            ('["keybrake-ca:', f'["{self.stage.name}-ca:'),
             ("networkMode: keybrake-tasks", f"networkMode: {self.stage.name}-tasks"),
             ("PT15S", "PT1S"),
         ):
-            assert ours in source or "networkMode" in ours
             source = source.replace(ours, of_stage)
         self.kestra.load(source)
 
@@ -67,7 +66,7 @@ class Worker:
 
     def running(self, execution: str) -> list[str]:
         """Containers of this execution, by the label that Kestra gives them."""
-        label = f"label=kestra.io/execution-id={execution.lower()}"
+        label = f"label=kestra.io/execution-id={execution}"
         return self.stage.engine.docker("ps", "--quiet", "--filter", label).split()
 
 
