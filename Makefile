@@ -38,6 +38,7 @@ test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_
 
 e2e: ## the flows of kestra/ on the real Kestra engine, 1.3 and 2.0, with and without Keybrake (E2E_VERSIONS, E2E_ONLY, KESTRA_URL)
 	$(BUILD)
+	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/e2e/test_server.py
 	"$$($(PYTHON) tests/sdk/setup.py)" tests/e2e/e2e.py $(E2E)
 
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
