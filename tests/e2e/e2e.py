@@ -175,6 +175,7 @@ class World:
         given = {named: json.dumps(line).encode(), **inputs}
         if side is OURS:
             given.setdefault("period", PERIOD)
+        given = {name: value for name, value in given.items() if value is not None}
         return self.kestra.run(NAMESPACE, side.flow(flow), given)
 
     def end(self, execution: str) -> Execution:
@@ -255,6 +256,15 @@ def run_key(world: World, side: Side) -> Callable[[], Count]:
     world.after(lines[1], fail_first=2)
     world.end(world.start(side, "run_key", lines))
     return lambda: Count(len(world.executed(*lines)), "three customers")
+
+
+def unnamed_run(world: World, side: Side) -> Callable[[], Count]:
+    """A run that no business id names, replayed: its root, the correlation id, is what stays the same."""
+    lines = [world.line(side, f"unnamed{n}") for n in range(2)]
+    execution = world.start(side, "run_key", lines, **({"period": None} if side is OURS else {}))
+    world.end(execution)
+    world.end(world.kestra.replay(execution))
+    return lambda: Count(len(world.executed(*lines)), "two customers")
 
 
 def overlap(world: World, side: Side) -> Callable[[], Count]:
@@ -486,6 +496,7 @@ SITUATIONS = [
     Situation("the same without the helper, an own idempotency key", plain, both(3)),
     Situation(f"{ITEMS} parallel items, one at ×{WRONG_FACTOR}", items, both(ITEMS), (0, ITEMS - 1)),
     Situation("one key for a run, which fails half-way twice", run_key, both(7), (3, 3)),
+    Situation("a run without a name of its own, replayed", unnamed_run, both(4), (2, 2)),
     Situation("two executions of one period", overlap, both(4), (2, 2), lines_file=True),
     Situation("two executions at once, nothing serialises them", at_once, both(2)),
     Situation("the schedule fires again within the period", scheduled, both(2, 40), lines_file=True),

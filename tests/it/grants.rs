@@ -349,6 +349,35 @@ async fn twenty_keys_of_one_budget_stay_under_one_cap() {
     assert_eq!(standin.executed().iter().map(|one| one.amount).sum::<u64>(), 5000);
 }
 
+/// A parallel group as `charge_items` of kestra/flows has it: a key for each item, and one item's amount wrong.
+#[tokio::test]
+async fn of_two_hundred_items_at_once_the_one_at_a_hundred_times_its_price_stops_the_others() {
+    let (standin, sidecar) = world().await;
+    let (ik, _) = issuer(&sidecar, json!({"daily_usd_cap": 10000, "max_cap_usd": 10000})).await;
+    let more = json!({
+        "daily_usd_cap": 2998, "max_usd_per_request": 14.99, "budget": "july", "stop_budget_on_refusal": true,
+    });
+    let mut keys = Vec::new();
+    for _ in 0..200 {
+        let made = sidecar.json("POST", "/admin/vault_keys", &ik, Some(&policy(&more))).await;
+        keys.push(made.body["vault_key"].as_str().unwrap().to_owned());
+    }
+    let items = keys.iter().enumerate().map(|(n, key)| {
+        let (amount, sidecar) = (if n == 120 { 149_900 } else { 1499 }, &sidecar);
+        async move { sidecar.charge(key, &format!("k-{n}"), amount, &format!("cus_{n}")).await }
+    });
+    let replies = futures_of(items).await;
+    let of = |code: &str| replies.iter().filter(|reply| reply.code() == code).count();
+    let made = replies.iter().filter(|reply| reply.status == 200).count();
+    assert_eq!(replies[120].verdict(), (429, "spend_cap_exceeded"));
+    assert_eq!((of("spend_cap_exceeded"), made + of("budget_stopped")), (1, 199));
+    let executed = standin.executed();
+    assert_eq!(executed.len(), made);
+    assert!(executed.iter().all(|one| one.amount == 1499));
+    let late = sidecar.charge(&keys[0], "k-late", 1499, "cus_late").await;
+    assert_eq!(late.verdict(), (429, "budget_stopped"));
+}
+
 #[tokio::test]
 async fn the_first_refusal_stops_a_budget_until_it_is_resumed() {
     let (standin, mut sidecar) = world().await;
