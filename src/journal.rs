@@ -49,6 +49,16 @@ const POSTINGS: TableDefinition<'_, (u64, u64), Bytes> = TableDefinition::new("a
 const ZONES: TableDefinition<'_, zones::Key, Bytes> = TableDefinition::new("audit_zones");
 const INDEX: TableDefinition<'_, &str, u64> = TableDefinition::new("audit_index");
 
+/// Pages of a file that are kept in memory at most. The system keeps more of them, and gives them up when it must.
+const CACHE_BYTES: usize = 64 << 20;
+
+/// How a file with a log in it is opened.
+pub(crate) fn database() -> redb::Builder {
+    let mut builder = redb::Builder::new();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
 /// Why the log gave no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JournalError {

@@ -254,7 +254,7 @@ impl OpenFile {
             return Ok(Arc::clone(db));
         }
         make_private(&self.path).map_err(|error| StoreError::Unavailable(error.to_string()))?;
-        let db = Arc::new(Database::create(&self.path)?);
+        let db = Arc::new(journal::database().create(&self.path)?);
         *slot = Some(Arc::clone(&db));
         Ok(db)
     }

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::audit::{Entry, Event};
 use crate::id::{BootId, LedgerId};
-use crate::journal::JournalError;
+use crate::journal::{self, JournalError};
 use crate::ledger::notes::Note;
 use crate::ledger::redb::tx::{Head, Judged, Tx};
 use crate::ledger::row::{self, BindingRow, FORMAT, meta};
@@ -86,7 +86,7 @@ impl RedbStore {
                 "the file is empty, and a ledger never is: restore it, or remove it to begin anew without memory",
             )));
         }
-        Self::prepare(Database::open(path)?, opening)
+        Self::prepare(journal::database().open(path)?, opening)
     }
 
     /// Makes a ledger under a name of its own, and gives it its name when it is whole: a file that was cut short while
@@ -98,7 +98,7 @@ impl RedbStore {
     ) -> Result<(), LedgerError> {
         let fresh = path.with_extension(format!("{}.new", opening.fresh_id));
         let made = make_private(&fresh).map_err(&failed).and_then(|()| {
-            drop(Self::prepare(Database::create(&fresh)?, opening)?);
+            drop(Self::prepare(journal::database().create(&fresh)?, opening)?);
             Ok(())
         });
         if let Err(error) = made {
@@ -120,7 +120,7 @@ impl RedbStore {
     }
 
     pub(crate) fn open_backend(backend: impl StorageBackend, opening: &Opening) -> Result<Self, LedgerError> {
-        Self::prepare(Database::builder().create_with_backend(backend)?, opening)
+        Self::prepare(journal::database().create_with_backend(backend)?, opening)
     }
 
     /// Makes what is missing, checks what is there, and turns an earlier run's sending holds into doubts, all before
@@ -188,7 +188,7 @@ impl RedbStore {
 /// # Errors
 /// [`LedgerError::Locked`] while a sidecar runs on it, or whatever keeps it from being used.
 pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
-    let db = Database::open(path)?;
+    let db = journal::database().open(path)?;
     let txn = db.begin_read()?;
     let table = txn.open_table(row::META)?;
     let format: u32 = match table.get(meta::FORMAT)? {
