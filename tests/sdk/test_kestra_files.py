@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +21,7 @@ from conftest import World
 from rig.process import REPO, clean_environment
 
 FILES = REPO / "kestra" / "files"
+FLOWS = REPO / "kestra" / "flows" / "1.3"
 TASK_TIMEOUT_S = 60
 PRO_CENTS = json.loads((FILES / "prices.json").read_text())["pro"]
 
@@ -63,6 +65,12 @@ def run(world: World, directory: Path, command: list[str], **environment: str) -
 
 def script(world: World, directory: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return run(world, directory, [sys.executable, "-c", text], **environment)
+
+
+def scripts_of(flow: str) -> list[str]:
+    """The scripts in a flow, each of which is the last that its task says."""
+    _, *rest = (FLOWS / f"{flow}.yaml").read_text().split("    script: |\n")
+    return [textwrap.dedent(part.split("\n  - id:")[0]) for part in rest]
 
 
 @pytest.fixture
@@ -113,6 +121,28 @@ def test_what_was_charged_can_be_asked_for(world: World, customer: str, director
     charge = told(script(world, directory, CHARGE))
     rows = told(script(world, directory, ask))
     assert [(row["outcome"], row["object_id"]) for row in rows] == [("spent", charge["id"])]
+
+
+def test_a_preflight_enters_what_the_run_before_could_not(world: World, customer: str, directory: Path) -> None:
+    preflight, charge = scripts_of("charge_preflight")
+    books = (directory / "bookkeeping.py").read_text()
+    (directory / "bookkeeping.py").write_text('def record(*_): raise SystemExit("the database is down")\n')
+    assert "database is down" in script(world, directory, charge).stderr
+    (charged,) = world.standin.executed(customer)
+    (directory / "bookkeeping.py").write_text(books)
+    again = script(world, directory, preflight)
+    assert again.stdout.splitlines() == [f"L-{customer} {charged['object_id']}", '::{"outputs": {"charged": true}}::']
+
+
+def test_a_preflight_takes_no_doubt_for_a_yes(world: World, customer: str, directory: Path) -> None:
+    preflight, charge = scripts_of("charge_preflight")
+    world.standin.fault("reset", customer=customer)
+    assert "may or may not have executed" in script(world, directory, charge).stderr
+    assert world.standin.executed(customer) == []
+    assert script(world, directory, preflight).stdout == '::{"outputs": {"charged": false}}::\n'
+    # Asked again, the doubt ends.
+    assert script(world, directory, charge).returncode == 0 and len(world.standin.executed(customer)) == 1
+
 
 
 def test_what_the_sidecar_does_not_allow_is_an_error_that_names_it(world: World, directory: Path) -> None:
