@@ -144,6 +144,15 @@ def test_a_preflight_takes_no_doubt_for_a_yes(world: World, customer: str, direc
     assert script(world, directory, charge).returncode == 0 and len(world.standin.executed(customer)) == 1
 
 
+@pytest.mark.parametrize("name", ["", " ", None, 7, ["evt"]])
+def test_an_event_without_an_id_charges_nobody(world: World, customer: str, directory: Path, name: object) -> None:
+    (webhook,) = scripts_of("webhook_charge")
+    event = {"id": name, "line_id": "L1", "customer": customer, "plan": "pro", "cents": PRO_CENTS}
+    (directory / "event.json").write_text(json.dumps(event))
+    done = script(world, directory, webhook)
+    assert done.returncode == 1 and "the event has no id" in done.stderr
+    assert world.standin.executed(customer) == []
+
 
 def test_what_the_sidecar_does_not_allow_is_an_error_that_names_it(world: World, directory: Path) -> None:
     for call, words in [
