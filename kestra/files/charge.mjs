@@ -31,7 +31,11 @@ const stripe = new Stripe(told.vault_key, {
   protocol: 'https',
 });
 // From what is billed: no amount, no execution, no attempt, no time.
-const billed = JSON.stringify([period, line.customer, line.line_id]);
+const parts = [period, line.customer, line.line_id];
+if (parts.some((part) => part === undefined || part === null || part === '')) {
+  throw new Error('PERIOD, customer and line_id must all be given: they are what tells one charge from another');
+}
+const billed = JSON.stringify(parts.map(String));
 const charge = await stripe.charges.create(
   {amount: line.cents, currency: 'usd', customer: line.customer},
   {idempotencyKey: `content-${createHash('sha256').update(billed).digest('hex')}`},

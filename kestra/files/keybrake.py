@@ -128,10 +128,10 @@ def idempotency_key(*parts: str | int) -> str:
     Give it what tells one charge from another and nothing that changes when the script runs again. The amount is none
     of it: with another amount the same charge is an error (`idempotency_error`), not a second charge.
     """
-    if not parts or any(part == "" for part in parts):
+    if not parts or any(part is None or part == "" for part in parts):
         raise ValueError("an idempotency key is made from at least one part, and no part may be empty")
-    # As JSON, so that ("a", "bc") and ("ab", "c") are two.
-    content = json.dumps([str(part) for part in parts], separators=(",", ":"))
+    # As JSON, so that ("a", "bc") and ("ab", "c") are two; of characters, as every language writes it.
+    content = json.dumps([str(part) for part in parts], separators=(",", ":"), ensure_ascii=False)
     return f"content-{hashlib.sha256(content.encode()).hexdigest()}"
 
 

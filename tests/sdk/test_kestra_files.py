@@ -162,6 +162,7 @@ def test_what_the_sidecar_does_not_allow_is_an_error_that_names_it(world: World,
         ('keybrake.charged(no_such_filter="x")', "400"),
         ("keybrake.idempotency_key()", "at least one part"),
         ('keybrake.idempotency_key("2026-07", "")', "no part may be empty"),
+        ('keybrake.idempotency_key("2026-07", None)', "no part may be empty"),
     ]:
         done = script(world, directory, f"import keybrake; {call}")
         assert done.returncode == 1 and words in done.stderr, (call, done.stderr)
@@ -214,3 +215,26 @@ def test_the_plain_form_in_node(world: World, customer: str, directory: Path) ->
     assert first["id"] == again["id"] and len(world.standin.executed(customer)) == 1
     untrusted = run(world, directory, command)
     assert untrusted.returncode == 1 and len(world.standin.executed(customer)) == 1
+
+
+def test_node_python_and_the_helper_make_one_key_of_one_line(world: World, customer: str, directory: Path) -> None:
+    home = setup.node_home(Path(sys.executable))
+    (directory / "node_modules").symlink_to(home / "node_modules")
+    (plain,) = scripts_of("charge_plain")
+    given = {"NODE_EXTRA_CA_CERTS": str(world.sidecar.ca), "EXECUTION": "4XyFirst"}
+    # Unlike the helper the plain form asks a proxy that the environment names.
+    given["NO_PROXY"] = "localhost"
+    for count, name in enumerate(["Größe-1 €😀", 7], start=1):
+        line = {"line_id": name, "customer": customer, "plan": "pro", "cents": PRO_CENTS}
+        (directory / "line.json").write_text(json.dumps(line))
+        for command in ([str(setup.node(home)), "charge.mjs"], [sys.executable, "-c", plain]):
+            done = run(world, directory, command, **given)
+            assert done.returncode == 0, done.stderr
+        helper = f"import keybrake; print(keybrake.idempotency_key('2026-07', {customer!r}, {name!r}))"
+        key = script(world, directory, helper).stdout.strip()
+        assert len(world.standin.executed(customer)) == count
+        assert len(world.sidecar.audit(idempotency_key=key, outcome="spent")) == 1
+    (directory / "line.json").write_text(json.dumps({"customer": customer, "plan": "pro", "cents": PRO_CENTS}))
+    nameless = run(world, directory, [str(setup.node(home)), "charge.mjs"], **given)
+    assert nameless.returncode == 1 and "must all be given" in nameless.stderr
+    assert len(world.standin.executed(customer)) == 2
