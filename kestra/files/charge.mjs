@@ -18,6 +18,8 @@ const answer = await fetch(new URL('/admin/vault_keys', sidecar), {
     allowed_endpoints: ['POST /v1/charges'],
     daily_usd_cap: (price / 100).toFixed(2), // from the price list, not from the amount
     expires_in_seconds: 3600,
+    constraints: {customer: [line.customer]}, // and nobody else
+    remember_days: 400, // a replay may come months later
   }),
   signal: AbortSignal.timeout(30_000),
 });

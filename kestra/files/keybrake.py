@@ -43,6 +43,7 @@ __all__ = ["Refused", "VaultKey", "charged", "client", "code", "idempotency_key"
 TIMEOUT_S = 30.0
 # A sidecar that was killed is back within seconds; a key that nobody received does no harm.
 PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0)
+CONTEXT_CHARS_MAX = 200
 # Of 1,000 rows each.
 PAGES_MAX = 20
 # Outcomes after which money moved, may still move, or nobody knows.
@@ -193,8 +194,9 @@ def _required(name: str) -> str:
 
 def _context() -> dict[str, str]:
     pairs = (pair.partition("=") for pair in os.environ.get("KEYBRAKE_CONTEXT", "").split())
-    # One that Kestra rendered as nothing is left out: an empty header is refused.
-    return {f"Keybrake-Context-{name}": value for name, _, value in pairs if value}
+    # One that Kestra rendered as nothing is left out, and a long one is cut: the sidecar refuses such headers, and no label
+    # that somebody chose may keep a charge from being made.
+    return {f"Keybrake-Context-{name}": value[:CONTEXT_CHARS_MAX] for name, _, value in pairs if value}
 
 
 def _call(method: str, path: str, body: Any = None) -> Any:

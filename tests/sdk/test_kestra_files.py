@@ -90,7 +90,7 @@ def told(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def test_a_task_that_runs_again_gets_the_answer_of_its_first_run(world: World, customer: str, directory: Path) -> None:
-    context = "flow=charge_retry execution=4XyFirst attempt=0 original-execution="
+    context = f"flow=charge_retry execution=4XyFirst attempt=0 original-execution= run={'x' * 300}"
     first = told(script(world, directory, CHARGE, KEYBRAKE_CONTEXT=context))
     again = told(script(world, directory, CHARGE, KEYBRAKE_CONTEXT=context.replace("attempt=0", "attempt=1")))
     assert (first["replayed"], again["replayed"]) == (False, True)
