@@ -2,13 +2,14 @@
 //! call and to the next same call.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
 use crate::standin::engine::Seen;
 use crate::standin::faults::{Fault, On};
 use crate::standin::{Options, Standin};
-use crate::support::{Reply, STRIPE_KEY, Sidecar, world, world_with};
+use crate::support::{Reply, STRIPE_KEY, Sidecar, free_port, world, world_of, world_with};
 
 /// What one send is expected to leave behind.
 #[derive(Debug, PartialEq, Eq)]
@@ -363,12 +364,12 @@ async fn a_restricted_key_serves_an_account_that_it_is_told() {
 
 #[tokio::test]
 async fn what_was_never_sent_is_void() {
-    let (standin, sidecar) = world().await;
+    let listen = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let (standin, sidecar) = world_of(Options { listen, ..Options::default() }, &[]).await;
     let (key, id) = sidecar.mint("30.00", json!({})).await;
     assert_eq!(sidecar.charge(&key, "warm", 500, "cus_1").await.status, 200);
     standin.fault(Fault::DropBefore);
     assert_eq!(sidecar.charge(&key, "doubtful", 700, "cus_1").await.verdict(), (502, "outcome_unknown"));
-    let address = standin.addr();
     drop(standin);
     let gone = sidecar.charge(&key, "order-1", 1000, "cus_1").await;
     assert_eq!(gone.verdict(), (502, "upstream_unreachable"), "{}", gone.text);
@@ -389,7 +390,7 @@ async fn what_was_never_sent_is_void() {
     assert_eq!(still.verdict(), (502, "outcome_unknown"), "{}", still.text);
     assert_eq!(sidecar.spend(&id).await.2, "7.00");
 
-    let standin = Standin::start(Options { listen: address, ..Options::default() });
+    let standin = Standin::start(Options { listen, ..Options::default() });
     assert_eq!(sidecar.charge(&key, "order-1", 1000, "cus_1").await.status, 200);
     assert_eq!(sidecar.charge(&key, "doubtful", 700, "cus_1").await.status, 200);
     assert_eq!(standin.executed().len(), 2);

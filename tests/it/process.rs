@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -18,7 +19,8 @@ use crate::outcomes::nothing_is_found;
 use crate::standin::faults::{Fault, On, Scripted};
 use crate::standin::{Options, Standin};
 use crate::support::{
-    ADMIN_KEY, PATIENCE, STRIPE_KEY, Sidecar, client, environment, free_port, program, run, world, world_with,
+    ADMIN_KEY, PATIENCE, STRIPE_KEY, Sidecar, client, environment, free_port, program, run, world, world_of,
+    world_with,
 };
 
 type Env = BTreeMap<String, String>;
@@ -131,13 +133,14 @@ async fn a_ledger_belongs_to_one_account_and_mode() {
 #[tokio::test]
 async fn another_account_that_is_told_late_stops_everything() {
     let late = |fails: bool| async move {
-        let (standin, mut sidecar) = world().await;
+        // None of those that the system gives to outgoing connections: it must be free a second time.
+        let listen = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let (standin, mut sidecar) = world_of(Options { listen, ..Options::default() }, &[]).await;
         let (key, _) = sidecar.mint("50", json!({})).await;
         assert!(sidecar.terminate().success());
-        let port = standin.addr();
         drop(standin);
         // The same address, first with nobody behind it or with somebody who fails.
-        let other = || Standin::start(Options { listen: port, ..account_of(OTHER_ACCOUNT) });
+        let other = || Standin::start(Options { listen, ..account_of(OTHER_ACCOUNT) });
         let failing = fails.then(|| {
             let standin = other();
             let fault = Fault::Answer { status: 500, body: json!({}), headers: BTreeMap::new() };

@@ -1,7 +1,7 @@
 //! A sidecar as its users run it: the real program in a process of its own, in front of the stand-in.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -147,7 +147,16 @@ impl Sidecar {
 
     /// The same by a command of the test's own, which runs the program with this environment.
     pub(crate) fn spawn_by(command: &mut Command, env: BTreeMap<String, String>) -> Self {
-        let mut child = command.spawn().unwrap();
+        let since = Instant::now();
+        let mut child = loop {
+            match command.spawn() {
+                // A program that a test has just written: a child of another test holds it open until it has begun itself.
+                Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && since.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                spawned => break spawned.unwrap(),
+            }
+        };
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, kept) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
