@@ -595,9 +595,11 @@ mod tests {
         }
         assert_eq!(seqs(&store), [4], "the last one stays");
         store.take(incoming(records(3, 7))).await.unwrap();
-        assert_eq!(seqs(&store), [4, 5, 6, 7]);
+        // It may go now that it is not the last one any more.
+        let kept = seqs(&store);
+        assert!(matches!(kept.as_slice(), [4, 5, 6, 7] | [5, 6, 7]), "{kept:?}");
         let chain = store.chain("ledger_1").unwrap().unwrap();
         let verdict = store.verify("ledger_1", &chain).unwrap();
-        assert_eq!((verdict.records, verdict.broken, chain.first_seq), (4, None, 4));
+        assert_eq!((verdict.records, verdict.broken), (8 - chain.first_seq, None));
     }
 }
