@@ -148,11 +148,14 @@ pub(crate) async fn pass(
     }
 }
 
-/// So many calls, one after the other, and nothing measured.
-pub(crate) async fn calls(target: &Target, call: Call, count: usize) -> Result<()> {
+/// So many charges, one after the other, each of the first after a read; nothing is measured.
+pub(crate) async fn calls(target: &Target, charges: usize, reads: usize) -> Result<()> {
     let mut connection = target.connect(0).await?;
-    for _ in 0..count {
-        connection.call(call).await?;
+    for number in 0..charges {
+        if number < reads {
+            connection.call(Call::Get).await?;
+        }
+        connection.call(Call::Charge).await?;
     }
     Ok(())
 }
