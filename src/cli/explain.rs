@@ -19,9 +19,8 @@ use crate::cli::output::line;
 const NAMES: &[&str] =
     &["call_id", "hold_id", "request_id", "stripe_request_id", "object_id", "idempotency_key"];
 
-/// Records in the order in which they were made: by time, chain and sequence. A collector has many chains, and each has a
-/// record 1; within one, no time is before that of the record before it.
-type Found = BTreeMap<(String, String, u64), Value>;
+/// Records by chain and sequence: a collector has many chains, and each has a record 1.
+type Found = BTreeMap<(String, u64), Value>;
 
 /// Tells what a running sidecar has recorded.
 pub(super) async fn of_sidecar(client: &Client, id: &str, json: Json) -> Result<ExitCode> {
@@ -76,9 +75,23 @@ fn keep(found: &mut Found, records: impl IntoIterator<Item = Value>) {
     found.extend(records.into_iter().filter_map(|record| Some((place_of(&record)?, record))));
 }
 
-fn place_of(record: &Value) -> Option<(String, String, u64)> {
-    let text = |field: &str| record[field].as_str().map(str::to_owned);
-    Some((text("at")?, text("chain_id")?, record["seq"].as_u64()?))
+fn place_of(record: &Value) -> Option<(String, u64)> {
+    Some((record["chain_id"].as_str()?.to_owned(), record["seq"].as_u64()?))
+}
+
+/// The records of all chains by their time, those of one chain in its own order: an operator may have set its clock back.
+fn in_order(found: &Found) -> Vec<&Value> {
+    let (mut chain, mut latest) = ("", "");
+    let mut timed = Vec::new();
+    for ((of, _), record) in found {
+        let at = record["at"].as_str().unwrap_or_default();
+        latest = if chain == of { latest.max(at) } else { at };
+        chain = of;
+        timed.push((latest, record));
+    }
+    // Stable: equal times stay in the order of chain and sequence.
+    timed.sort_by_key(|(at, _)| *at);
+    timed.into_iter().map(|(_, record)| record).collect()
 }
 
 fn calls_of(found: &Found) -> BTreeSet<String> {
@@ -98,13 +111,16 @@ fn show(id: &str, found: &Found, json: Json) -> Result<ExitCode> {
         bail!("no record names {id}: give a call, a hold, a request, an object or an idempotency key");
     }
     if json.json {
-        let events: Vec<Value> =
-            found.values().map(|record| json!({ "record": record, "says": said_by(record) })).collect();
+        let events: Vec<Value> = in_order(found)
+            .into_iter()
+            .map(|record| json!({ "record": record, "says": said_by(record) }))
+            .collect();
         line(&json!({ "id": id, "events": events }).to_string());
         return Ok(ExitCode::SUCCESS);
     }
     let mut before = Vec::new();
-    for ((_, _, seq), record) in found {
+    for record in in_order(found) {
+        let seq = &record["seq"];
         let text = |field: &str| record[field].as_str().unwrap_or("-").to_owned();
         line(&format!("{}  {} of {}, record {seq}", text("at"), text("event"), text("call_id")));
         let says = said_by(record);
@@ -122,19 +138,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_of_two_chains_are_told_in_the_order_of_their_time() {
-        let record = |chain: &str, seq: u64, at: &str| json!({ "chain_id": chain, "seq": seq, "at": at });
+    fn records_of_two_chains_are_told_by_their_time_and_each_chain_in_its_own_order() {
+        let record = |chain: &str, seq: u64, second: u64| json!({ "chain_id": chain, "seq": seq, "at": format!("2026-07-01T10:00:{second:02}.000Z") });
         let mut found = Found::new();
-        keep(
-            &mut found,
-            [record("ldg_b", 2, "2026-07-01T10:00:00.000Z"), record("ldg_b", 10, "2026-07-01T10:00:02.000Z")],
-        );
-        keep(
-            &mut found,
-            [record("ldg_a", 2, "2026-07-01T10:00:01.000Z"), record("ldg_b", 10, "2026-07-01T10:00:02.000Z")],
-        );
-        let order: Vec<_> =
-            found.values().map(|record| (record["chain_id"].as_str(), record["seq"].as_u64())).collect();
-        assert_eq!(order, [(Some("ldg_b"), Some(2)), (Some("ldg_a"), Some(2)), (Some("ldg_b"), Some(10))]);
+        // The clock of b was set back between its records 10 and 11. One record is found twice.
+        for records in [
+            vec![record("b", 2, 0), record("b", 10, 20), record("b", 11, 5)],
+            vec![record("a", 2, 10), record("a", 3, 30), record("b", 10, 20)],
+        ] {
+            keep(&mut found, records);
+        }
+        let told = in_order(&found).into_iter();
+        let order: Vec<_> = told.map(|one| (one["chain_id"].as_str(), one["seq"].as_u64())).collect();
+        let expected = [("b", 2), ("a", 2), ("b", 10), ("b", 11), ("a", 3)];
+        assert_eq!(order, expected.map(|(chain, seq)| (Some(chain), Some(seq))));
     }
 }
