@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -28,7 +27,7 @@ import bases  # noqa: E402
 import engine as engines  # noqa: E402
 import relay  # noqa: E402
 from engine import BUILD_TIMEOUT_S, Compose, Engine, command  # noqa: E402
-from rig.process import REPO, free_port  # noqa: E402
+from rig.process import REPO, free_port, within  # noqa: E402
 from rig.standin import Standin  # noqa: E402
 
 TEST_TIMEOUT_S = 300
@@ -310,12 +309,5 @@ def customer() -> str:
 @pytest.fixture(autouse=True)
 def deadline(compose: Compose, image: str, task_image: str) -> Iterator[None]:
     """No test may hang, whatever it waits for. What is made once for all has its own limits and comes before."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"the test took longer than {TEST_TIMEOUT_S} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(TEST_TIMEOUT_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with within(TEST_TIMEOUT_S):
+        yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import itertools
 import secrets
-import signal
 import sys
 import textwrap
 import time
@@ -21,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "py"))
 
 from rig.engine import EmbeddedKestra, Execution, KestraRefused  # noqa: E402
-from rig.process import wait_until  # noqa: E402
+from rig.process import wait_until, within  # noqa: E402
 
 TEST_TIMEOUT_S = 420
 # The engine starts, notices that a worker is lost and gives its task out again; on a busy machine all of that is slow.
@@ -49,14 +48,8 @@ def kestra(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"the test took longer than {TEST_TIMEOUT_S} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(TEST_TIMEOUT_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with within(TEST_TIMEOUT_S):
+        yield
 
 
 def load(kestra: EmbeddedKestra, source: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "py"))
 
 from rig.kestra import Task  # noqa: E402
+from rig.process import within  # noqa: E402
 from rig.sidecar import Sidecar  # noqa: E402
 from rig.standin import Standin  # noqa: E402
 
@@ -90,15 +90,8 @@ def customer() -> str:
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
     """No test may hang, whatever it waits for."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"the test took longer than {TEST_TIMEOUT_S} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(TEST_TIMEOUT_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with within(TEST_TIMEOUT_S):
+        yield
 
 
 def client_of(sidecar: Sidecar, vault_key: str, **options: Any) -> stripe.StripeClient:

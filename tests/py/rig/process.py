@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Callable, Iterator, TypeVar
 
 REPO = Path(__file__).resolve().parents[3]
 START_TIMEOUT_S = 30.0
@@ -66,6 +68,22 @@ def wait_until(what: str, probe: Callable[[], T | None], timeout_s: float = STAR
         if time.monotonic() > deadline:
             raise RigError(f"waited {timeout_s:.0f} s in vain: {what}")
         time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def within(seconds: int, what: str = "the test") -> Iterator[None]:
+    """Ends what hangs, whatever it waits for. For the main thread."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"{what} took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def clean_environment(extra: dict[str, str]) -> dict[str, str]:
