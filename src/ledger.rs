@@ -265,12 +265,16 @@ impl Ledger {
         Ok(Self::start(RedbStore::open_file(path, &opening)?, opening))
     }
 
-    /// The same on a storage backend: the seam at which crashes are simulated.
+    /// The same on storage backends, of the tree and of its write-ahead log: the seam at which crashes are simulated.
     ///
     /// # Errors
     /// As [`Ledger::open`].
-    pub fn open_backend(backend: impl ::redb::StorageBackend, opening: Opening) -> Result<Self, LedgerError> {
-        Ok(Self::start(RedbStore::open_backend(backend, &opening)?, opening))
+    pub fn open_backend(
+        tree: impl ::redb::StorageBackend,
+        log: impl ::redb::StorageBackend,
+        opening: Opening,
+    ) -> Result<Self, LedgerError> {
+        Ok(Self::start(RedbStore::open_backend(tree, log, &opening)?, opening))
     }
 
     fn start(store: RedbStore, opening: Opening) -> Self {
@@ -552,6 +556,14 @@ impl Ledger {
     /// [`LedgerError`]: something of it may not be.
     pub async fn flush(&self) -> Result<(), LedgerError> {
         self.ask(|reply| Command::Flush { reply }).await
+    }
+
+    /// Ends everything in order: the file holds all that was written before, and nothing is written any more.
+    ///
+    /// # Errors
+    /// [`LedgerError`]: the next start takes in what its write-ahead log holds.
+    pub async fn close(&self) -> Result<(), LedgerError> {
+        self.ask(|reply| Command::Close { reply }).await
     }
 
     /// Lets the writer prune, count and index what is due, as much as one step may.

@@ -154,6 +154,11 @@ pub async fn run(
         // It ends by itself soon after the stop.
         let _ = shipping.await;
     }
+    let close = tokio::time::timeout(Duration::from_millis(LAST_WRITE_MS), sidecar.ledger.close()).await;
+    if !matches!(close, Ok(Ok(()))) {
+        tracing::warn!("the ledger was not closed; the next start takes in what its write-ahead log holds");
+    }
+    tracing::info!("keybrake has stopped");
     match told_elsewhere.await {
         Ok(Some(error)) => Err(error.into()),
         Ok(None) | Err(_) => Ok(()),
@@ -520,12 +525,11 @@ async fn serve(
     }
     stop.cancel();
     let _ = ops_server.await;
-    // What was answered and is still to be recorded.
+    // What was answered and is still to be recorded, and to be shipped.
     let flush = tokio::time::timeout(Duration::from_millis(LAST_WRITE_MS), sidecar.ledger.flush()).await;
     if !matches!(flush, Ok(Ok(()))) {
         tracing::error!("the last records of reads could not be written");
     }
-    tracing::info!("keybrake has stopped");
 }
 
 /// Which part of the program a path belongs to. The proxy is mounted twice: some SDKs cannot keep a base path.

@@ -1,23 +1,25 @@
 //! Reads, on snapshots: they see what is durable and never wait for the writer.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
 
-use redb::{ReadableTable, TableError};
 use serde_json::{Map, Value};
 
 use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
 use crate::hold::{Hold, HoldState, Lane, Subject};
-use crate::id::{BudgetId, CallId, HoldId, Identity, IssuerId, KeyId, LedgerId};
+use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
-use crate::journal::{self, AUDIT, sealed_of};
+use crate::journal::{self, sealed_of};
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
 use crate::ledger::redb::RedbStore;
+use crate::ledger::redb::view::{Order, Rows, View};
 use crate::ledger::row::{
-    self, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, ChainRow, HOLDS, ISSUERS,
-    KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_LIVE,
-    meta,
+    self, AUDIT, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, ChainRow, HOLDS,
+    ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, LossRow, META, OBJECTS,
+    PHASE_ENDED, PHASE_LIVE, Span, Table, all, live_holds, meta,
 };
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
@@ -77,20 +79,34 @@ pub struct LogState {
     pub last: u64,
 }
 
-/// A table that nobody has written yet is empty, not an error.
-macro_rules! open_or {
-    ($txn:expr, $table:expr, $empty:expr) => {
-        match $txn.open_table($table) {
-            Ok(table) => table,
-            Err(TableError::TableDoesNotExist(_)) => return Ok($empty),
-            Err(error) => return Err(error.into()),
-        }
-    };
-}
-
 impl RedbStore {
     fn meta_row<T: for<'b> minicbor::Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
-        meta_of(&self.read()?, name)
+        self.view().get(&META, &name, row::decode)
+    }
+
+    /// Rows that count, newest first, behind a cursor: those of this moment.
+    fn newest<K: redb::Key, V: redb::Value, T, F>(
+        &self,
+        table: &Table<K, V>,
+        range: Span<K::SelfType<'_>>,
+        read: F,
+    ) -> Result<Rows<K, V, F>, LedgerError>
+    where
+        F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
+    {
+        self.view().range(table, range, Order::Descending, None, read)
+    }
+
+    fn oldest<K: redb::Key, V: redb::Value, T, F>(
+        &self,
+        table: &Table<K, V>,
+        range: Span<K::SelfType<'_>>,
+        read: F,
+    ) -> Result<Rows<K, V, F>, LedgerError>
+    where
+        F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
+    {
+        self.view().range(table, range, Order::Ascending, None, read)
     }
 
     /// To which account and mode the ledger is bound.
@@ -114,16 +130,10 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn key_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Key>, LedgerError> {
-        let txn = self.read()?;
-        let id = {
-            let table = open_or!(txn, KEY_DIGESTS, None);
-            let found = table.get(digest)?;
-            found.filter(|found| found.value().0 == KEY_KIND_VAULT).map(|found| *found.value().1)
-        };
-        let Some(id) = id else { return Ok(None) };
-        let table = open_or!(txn, KEYS, None);
-        let found = table.get(&id)?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        let view = self.view();
+        let found =
+            view.get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_VAULT).then_some(*id)))?;
+        found.flatten().map(|id| view.get(&KEYS, &&id, row::decode)).transpose().map(Option::flatten)
     }
 
     /// One key.
@@ -131,10 +141,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, KEYS, None);
-        let found = table.get(id.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.view().get(&KEYS, &id.as_bytes(), row::decode)
     }
 
     /// Keys, newest first.
@@ -148,10 +155,8 @@ impl RedbStore {
         limit: usize,
         now: UnixMs,
     ) -> Result<Page<Key, KeyId>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, KEYS, Page { items: Vec::new(), next: None });
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = table.range::<&[u8; 16]>(..&end)?.rev().map(|found| row::decode(found?.1.value()));
+        let mut rows = self.newest(&KEYS, below(&end), |_, key| row::decode(key))?;
         page(
             &mut rows,
             limit,
@@ -170,11 +175,10 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn issuer_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Issuer>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, KEY_DIGESTS, None);
-        let found = table.get(digest)?;
-        let id = found.filter(|found| found.value().0 == KEY_KIND_ISSUER).map(|found| *found.value().1);
-        id.map(|id| self.issuer(IssuerId::from_bytes(id))).transpose().map(Option::flatten)
+        let view = self.view();
+        let found =
+            view.get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_ISSUER).then_some(*id)))?;
+        found.flatten().map(|id| view.get(&ISSUERS, &&id, row::decode)).transpose().map(Option::flatten)
     }
 
     /// One issuer key.
@@ -182,10 +186,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn issuer(&self, id: IssuerId) -> Result<Option<Issuer>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, ISSUERS, None);
-        let found = table.get(id.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.view().get(&ISSUERS, &id.as_bytes(), row::decode)
     }
 
     /// Issuer keys, newest first.
@@ -197,10 +198,8 @@ impl RedbStore {
         after: Option<IssuerId>,
         limit: usize,
     ) -> Result<Page<Issuer, IssuerId>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, ISSUERS, Page { items: Vec::new(), next: None });
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = table.range::<&[u8; 16]>(..&end)?.rev().map(|found| row::decode(found?.1.value()));
+        let mut rows = self.newest(&ISSUERS, below(&end), |_, issuer| row::decode(issuer))?;
         page(&mut rows, limit, |issuer: &Issuer| issuer.id, |_| true)
     }
 
@@ -209,10 +208,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn stopped_budget(&self, budget: BudgetId) -> Result<Option<BudgetRow>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, BUDGETS, None);
-        let found = table.get(budget.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.view().get(&BUDGETS, &budget.as_bytes(), row::decode)
     }
 
     /// A subject's counter of one day, or of all days, in one lane.
@@ -220,11 +216,8 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn counter(&self, subject: Subject, day: Day, lane: Lane) -> Result<Counter, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, COUNTERS, Counter::default());
         let (kind, id, day, lane) = row::counter_key(&subject, day, lane);
-        let found = table.get((kind, &id, day, lane))?;
-        Ok(found.map(|bytes| row::decode(bytes.value())).transpose()?.unwrap_or_default())
+        Ok(self.view().get(&COUNTERS, &(kind, &id, day, lane), row::decode)?.unwrap_or_default())
     }
 
     /// Doubts and open holds, at most so many.
@@ -232,11 +225,9 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`] when the ledger cannot be read.
     pub fn unsettled_holds(&self, limit: usize) -> Result<Vec<Hold>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, HOLDS, Vec::new());
         let mut holds = Vec::new();
-        for found in table.range((PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]))? {
-            let hold: Hold = row::decode(found?.1.value())?;
+        for hold in self.oldest(&HOLDS, live_holds(), |_, hold| row::decode::<Hold>(hold))? {
+            let hold = hold?;
             match hold.state {
                 HoldState::Doubt | HoldState::Open => holds.push(hold),
                 HoldState::Sending { .. } | HoldState::Spent | HoldState::Void => {}
@@ -258,13 +249,9 @@ impl RedbStore {
         after: Option<HoldId>,
         limit: usize,
     ) -> Result<Page<HoldView, HoldId>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, HOLDS, Page { items: Vec::new(), next: None });
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = table
-            .range((PHASE_LIVE, &[0; 16])..(PHASE_LIVE, &end))?
-            .rev()
-            .map(|found| row::decode(found?.1.value()));
+        let live = (Bound::Included((PHASE_LIVE, &[0; 16])), Bound::Excluded((PHASE_LIVE, &end)));
+        let mut rows = self.newest(&HOLDS, live, |_, hold| row::decode(hold))?;
         let holds = page(
             &mut rows,
             limit,
@@ -285,11 +272,9 @@ impl RedbStore {
     /// [`LedgerError`].
     pub fn hold_census(&self) -> Result<(BTreeMap<&'static str, u64>, Option<UnixMs>), LedgerError> {
         let mut counts = BTreeMap::from([("sending", 0), ("open", 0), ("doubt", 0)]);
-        let txn = self.read()?;
-        let table = open_or!(txn, HOLDS, (counts, None));
         let mut oldest: Option<UnixMs> = None;
-        for found in table.range((PHASE_LIVE, &[0; 16])..=(PHASE_LIVE, &[255; 16]))? {
-            let hold: Hold = row::decode(found?.1.value())?;
+        for hold in self.oldest(&HOLDS, live_holds(), |_, hold| row::decode::<Hold>(hold))? {
+            let hold = hold?;
             *counts.entry(hold.state.as_str()).or_default() += 1;
             if hold.state == HoldState::Doubt {
                 oldest = Some(oldest.map_or(hold.since, |oldest| oldest.min(hold.since)));
@@ -303,12 +288,9 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
-        let id = {
-            let txn = self.read()?;
-            let table = open_or!(txn, OBJECTS, None);
-            table.get((account, object))?.map(|found| HoldId::from_bytes(*found.value()))
-        };
-        id.map(|id| self.hold(id)).transpose().map(Option::flatten)
+        let view = self.view();
+        let id = view.get(&OBJECTS, &(account, object), |id| Ok(HoldId::from_bytes(*id)))?;
+        id.map(|id| hold_in(&view, id)).transpose().map(Option::flatten)
     }
 
     /// One hold, live or ended.
@@ -316,14 +298,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
-        let txn = self.read()?;
-        let table = open_or!(txn, HOLDS, None);
-        for phase in [PHASE_LIVE, row::PHASE_ENDED] {
-            if let Some(bytes) = table.get((phase, id.as_bytes()))? {
-                return Ok(Some(row::decode(bytes.value())?));
-            }
-        }
-        Ok(None)
+        hold_in(&self.view(), id)
     }
 
     /// One call.
@@ -331,15 +306,10 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
-        let txn = self.read()?;
-        let ids = open_or!(txn, CALL_IDS, None);
-        let Some(identity) = ids.get(id.as_bytes())?.map(|found| Identity(*found.value())) else {
-            return Ok(None);
-        };
-        let calls = open_or!(txn, CALLS, None);
-        let call: Option<Call> =
-            calls.get(&identity.0)?.map(|bytes| row::decode(bytes.value())).transpose()?;
-        Ok(call.filter(|call| call.id == id))
+        let view = self.view();
+        let identity = view.get(&CALL_IDS, &id.as_bytes(), |identity| Ok(*identity))?;
+        let call = identity.map(|identity| view.get(&CALLS, &&identity, row::decode::<Call>)).transpose()?;
+        Ok(call.flatten().filter(|call| call.id == id))
     }
 
     /// Calls, newest first.
@@ -352,14 +322,10 @@ impl RedbStore {
         after: Option<CallId>,
         limit: usize,
     ) -> Result<Page<Call, CallId>, LedgerError> {
-        let txn = self.read()?;
-        let ids = open_or!(txn, CALL_IDS, Page { items: Vec::new(), next: None });
-        let calls = open_or!(txn, CALLS, Page { items: Vec::new(), next: None });
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = ids.range::<&[u8; 16]>(..&end)?.rev().map(|found| {
-            let bytes = calls.get(found?.1.value())?;
-            row::decode(bytes.ok_or(LedgerError::Corrupt("call"))?.value())
-        });
+        let ids = self.newest(&CALL_IDS, below(&end), |id, _| Ok(CallId::from_bytes(*id)))?;
+        // One that went meanwhile is left out.
+        let mut rows = ids.filter_map(|id| id.and_then(|id| self.call_by_id(id)).transpose());
         page(&mut rows, limit, |call: &Call| call.id, |call| matches_call(filter, call))
     }
 
@@ -373,7 +339,12 @@ impl RedbStore {
         after: Option<u64>,
         limit: usize,
     ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
-        Ok(journal::query(&self.read()?, filter, after, limit)?)
+        // The log's own index knows the tree alone. One that cannot be written any more still tells what it has.
+        if self.view().changed(&AUDIT) && self.failure().is_none() {
+            self.settle()?;
+        }
+        let tree = Arc::clone(&self.view().tree);
+        Ok(journal::query(&tree.txn, filter, after, limit)?)
     }
 
     /// What a shipper has to know of the log.
@@ -381,12 +352,11 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn log_state(&self) -> Result<LogState, LedgerError> {
-        let txn = self.read()?;
-        let chain: Option<ChainRow> = meta_of(&txn, meta::CHAIN)?;
+        let view = self.view();
+        let chain: Option<ChainRow> = view.get(&META, &meta::CHAIN, row::decode)?;
         let (chain_id, base) = chain.map_or((self.id(), 0), |chain| (chain.id, chain.base));
-        let table = txn.open_table(AUDIT)?;
-        let first = table.first()?.map_or(1, |(place, _)| place.value());
-        let last = table.last()?.map_or(0, |(place, _)| place.value());
+        let end = |order| view.range(&AUDIT, all(), order, None, |place, _| Ok(place))?.next().transpose();
+        let (first, last) = (end(Order::Ascending)?.unwrap_or(1), end(Order::Descending)?.unwrap_or(0));
         Ok(LogState { chain_id, base, first, last })
     }
 
@@ -400,7 +370,18 @@ impl RedbStore {
         rows_max: usize,
         bytes_max: usize,
     ) -> Result<Vec<(u64, Sealed)>, LedgerError> {
-        Ok(journal::read_from(&self.read()?, place, rows_max, bytes_max)?)
+        let behind = (Bound::Excluded(place), Bound::Unbounded);
+        let rows = self.oldest(&AUDIT, behind, |place, stored| Ok((place, sealed_of(stored)?)))?;
+        let (mut records, mut bytes) = (Vec::new(), 0);
+        for found in rows.take(rows_max) {
+            let (place, sealed) = found?;
+            bytes += sealed.bytes.len();
+            if bytes > bytes_max && !records.is_empty() {
+                break;
+            }
+            records.push((place, sealed));
+        }
+        Ok(records)
     }
 
     /// The hash of the record at a place; `None` when it is not kept any more.
@@ -408,7 +389,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn record_hash(&self, place: u64) -> Result<Option<[u8; 32]>, LedgerError> {
-        Ok(journal::get(&self.read()?, place)?.map(|sealed| sealed.hash))
+        self.view().get(&AUDIT, &place, |stored| Ok(sealed_of(stored)?.hash))
     }
 
     /// The place of the last record that a collector is known to have.
@@ -432,16 +413,19 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`] when it cannot be read; a chain that is broken is a result.
     pub fn verify_chain(&self) -> Result<ChainState, LedgerError> {
-        let txn = self.read()?;
-        let mut verifier = match meta_of::<AuditFloorRow>(&txn, meta::AUDIT_FLOOR)? {
+        let (floor, log) = {
+            let view = self.view();
+            let floor: Option<AuditFloorRow> = view.get(&META, &meta::AUDIT_FLOOR, row::decode)?;
+            let read = |_: u64, stored: &[u8]| Ok(sealed_of(stored)?);
+            (floor, view.range(&AUDIT, all(), Order::Ascending, None, read)?)
+        };
+        let mut verifier = match floor {
             Some(floor) => Verifier::from_record(floor.seq, floor.prev_hash.into()),
             None => Verifier::default(),
         };
-        let empty = ChainState { records: 0, head: verifier.head(), broken: None };
-        let table = open_or!(txn, AUDIT, empty);
         let mut records = 0;
-        for found in table.iter()? {
-            let sealed = sealed_of(found?.1.value())?;
+        for sealed in log {
+            let sealed = sealed?;
             if let Err(broken) = verifier.follow(&sealed) {
                 return Ok(ChainState { records, head: verifier.head(), broken: Some(broken) });
             }
@@ -451,14 +435,18 @@ impl RedbStore {
     }
 }
 
-/// A row of `meta` in the snapshot of the rows that it speaks of.
-fn meta_of<T: for<'b> minicbor::Decode<'b, ()>>(
-    txn: &redb::ReadTransaction,
-    name: &str,
-) -> Result<Option<T>, LedgerError> {
-    let table = open_or!(txn, META, None);
-    let found = table.get(name)?;
-    found.map(|bytes| row::decode(bytes.value())).transpose()
+fn hold_in(view: &View, id: HoldId) -> Result<Option<Hold>, LedgerError> {
+    for phase in [PHASE_LIVE, PHASE_ENDED] {
+        if let Some(hold) = view.get(&HOLDS, &(phase, id.as_bytes()), row::decode)? {
+            return Ok(Some(hold));
+        }
+    }
+    Ok(None)
+}
+
+/// What lies below an id.
+fn below(end: &[u8; 16]) -> Span<&[u8; 16]> {
+    (Bound::Unbounded, Bound::Excluded(end))
 }
 
 fn page<T, C>(

@@ -1,28 +1,35 @@
 //! The ledger in one redb file: load, ask the rules, store, in one write transaction for each batch.
 
+pub(super) mod batch;
+pub(crate) mod changes;
 mod endings;
 mod grants;
 pub(crate) mod tx;
 pub(crate) mod upkeep;
+pub(crate) mod view;
+mod wal;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use minicbor::bytes::ByteArray;
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
+use redb::backends::FileBackend;
+use redb::{Database, Durability, ReadableDatabase, StorageBackend, WriteTransaction};
 use serde_json::{Map, Value};
 
-use crate::audit::{Entry, Event};
+use crate::audit::Event;
 use crate::id::{BootId, LedgerId};
 use crate::journal::{self, JournalError};
-use crate::ledger::notes::Note;
-use crate::ledger::redb::tx::{Head, Judged, Tx};
-use crate::ledger::row::{self, BindingRow, FORMAT, meta};
-use crate::ledger::rules::{self, Verdict, resolve};
-use crate::ledger::writer::{Command, Reply};
-use crate::ledger::{Admitted, Held, LedgerError, Opening, entry};
-use crate::refusal::CapKind;
+use crate::ledger::redb::changes::{Change, Changes};
+use crate::ledger::redb::tx::Tx;
+use crate::ledger::redb::view::{Tree, View};
+use crate::ledger::redb::wal::Wal;
+use crate::ledger::row::{
+    self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, live_holds, meta,
+};
+use crate::ledger::rules::resolve;
+use crate::ledger::{LedgerError, Opening, entry};
 use crate::time::{Clock, UnixMs};
 
 macro_rules! storage_errors {
@@ -61,9 +68,17 @@ impl From<redb::DatabaseError> for LedgerError {
     }
 }
 
-/// An open ledger file.
+/// An open ledger file: the tree, the write-ahead log in front of it, and the changes that only the log has.
+///
+/// The writer alone makes changes: durable in the log, then seen by readers. Whoever settles takes them into the tree, one
+/// at a time, while the writer goes on.
 #[derive(Debug)]
 pub struct RedbStore {
+    view: RwLock<View>,
+    wal: Mutex<Wal>,
+    /// Held by whoever writes the tree.
+    settling: Mutex<WalRow>,
+    // Below what reads it: it closes last.
     db: Database,
     id: LedgerId,
     salt: [u8; 32],
@@ -71,6 +86,10 @@ pub struct RedbStore {
     /// The highest time that was ever used: the clock may not go back, or windows and remembered times would open again.
     mark: AtomicU64,
     clock: Clock,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl RedbStore {
@@ -86,7 +105,22 @@ impl RedbStore {
                 "the file is empty, and a ledger never is: restore it, or remove it to begin anew without memory",
             )));
         }
-        Self::prepare(journal::database().open(path)?, opening)
+        let db = journal::database().open(path)?;
+        let log = wal_path(path);
+        make_private(&log).map_err(failed)?;
+        let file = std::fs::File::options().read(true).write(true).open(&log).map_err(failed)?;
+        let store = Self::open(db, Box::new(FileBackend::new(file)?), opening).map_err(|error| {
+            if !matches!(error, LedgerError::Corrupt(WAL_MISSING)) {
+                return error;
+            }
+            failed(std::io::Error::other(format!(
+                "its last calls are in {}, which is not there or another ledger's: restore both files as they were, or \
+                 remove both to begin anew without memory",
+                log.display()
+            )))
+        })?;
+        sync_folder_of(path).map_err(failed)?;
+        Ok(store)
     }
 
     /// Makes a ledger under a name of its own, and gives it its name when it is whole: a file that was cut short while
@@ -97,10 +131,9 @@ impl RedbStore {
         failed: impl Fn(std::io::Error) -> LedgerError,
     ) -> Result<(), LedgerError> {
         let fresh = path.with_extension(format!("{}.new", opening.fresh_id));
-        let made = make_private(&fresh).map_err(&failed).and_then(|()| {
-            drop(Self::prepare(journal::database().create(&fresh)?, opening)?);
-            Ok(())
-        });
+        let made = make_private(&fresh)
+            .map_err(&failed)
+            .and_then(|()| Self::create(&journal::database().create(&fresh)?, opening));
         if let Err(error) = made {
             // On a full disk each start would leave one more. Whether it goes or not, why it was not made is what matters.
             let _ = std::fs::remove_file(&fresh);
@@ -115,36 +148,86 @@ impl RedbStore {
             // Not every file system has links.
             Err(_) => std::fs::rename(&fresh, path).map_err(&failed)?,
         }
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
+        sync_folder_of(path).map_err(failed)
     }
 
-    pub(crate) fn open_backend(backend: impl StorageBackend, opening: &Opening) -> Result<Self, LedgerError> {
-        Self::prepare(journal::database().create_with_backend(backend)?, opening)
+    pub(crate) fn open_backend(
+        tree: impl StorageBackend,
+        log: impl StorageBackend,
+        opening: &Opening,
+    ) -> Result<Self, LedgerError> {
+        Self::open(journal::database().create_with_backend(tree)?, Box::new(log), opening)
     }
 
-    /// Makes what is missing, checks what is there, and turns an earlier run's sending holds into doubts, all before
-    /// anybody can ask.
-    fn prepare(db: Database, opening: &Opening) -> Result<Self, LedgerError> {
-        let txn = begin(&db)?;
+    /// Lays down the first rows, when there are none. Answers the format of the file.
+    fn create(db: &Database, opening: &Opening) -> Result<u32, LedgerError> {
+        let txn = begin(db)?;
         // Before anything else is read: nothing else of a newer file needs to be readable.
         let found = tx::stored_format(&txn)?;
-        if let Some(found) = found.filter(|found| *found > FORMAT) {
-            return Err(LedgerError::NewerFormat { found, known: FORMAT });
+        if let Some(found) = found.filter(|found| *found > FORMAT_OPEN) {
+            return Err(LedgerError::NewerFormat { found, known: FORMAT_OPEN });
         }
-        let mut tx = Tx::open(&txn, opening, None)?;
+        if let Some(found) = found
+            && Tree::open(db).is_ok()
+        {
+            txn.abort()?;
+            return Ok(found);
+        }
+        // An earlier build made each table when it first had a row for it.
+        Tables::create(&txn)?;
+        txn.commit()?;
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let view = View::of(Tree::open(db)?);
+        let mut tx = Tx::open(&view, opening, None)?;
+        tx.create(opening, opening.clock.now())?;
+        let txn = begin(db)?;
+        Tables::write(&tx.into_changes(), &txn)?;
+        txn.commit()?;
+        Ok(FORMAT_CLOSED)
+    }
+
+    /// Makes what is missing, checks what is there, takes in what an earlier run left in the log, and turns what it was
+    /// sending into doubts, all before anybody can ask.
+    fn open(db: Database, log: Box<dyn StorageBackend>, opening: &Opening) -> Result<Self, LedgerError> {
+        let format = Self::create(&db, opening)?;
+        let tree = Tree::open(&db)?;
+        let mut view = View::of(tree);
+        let row: Option<WalRow> = view.get(&META, &meta::WAL, row::decode)?;
+        let kept = if format == FORMAT_OPEN { Some(left_in(&*log, row.as_ref())?) } else { None };
+        let mut applied = row.as_ref().map_or(0, |row| row.applied);
+        if let Some((last, changes)) = kept {
+            (applied, view.recent) = (last, changes);
+        }
+        let mut tx = Tx::open(&view, opening, None)?;
         let now = opening.clock.now().max(tx.mark()?);
-        if found.is_none() {
-            tx.create(opening, now)?;
-        }
         tx.check_mode(opening)?;
         tx.note_clock(now, opening.clock.now())?;
         tx.doubt_orphans(opening.boot, now)?;
+        let epoch = ByteArray::from(*opening.boot.as_bytes());
+        let row = WalRow { epoch, before: row.map(|row| row.epoch), applied };
+        tx.put_meta(meta::WAL, &row);
+        tx.put_meta(meta::FORMAT, &FORMAT_OPEN);
         let (id, salt) = (tx.ledger_id()?, tx.salt()?);
-        drop(tx);
+        let opened = tx.into_changes();
+        Wal::lay_out(&*log)?;
+        let txn = begin(&db)?;
+        Tables::write(&view.recent, &txn)?;
+        Tables::write(&opened, &txn)?;
         txn.commit()?;
-        let mark = AtomicU64::new(now.millis());
-        Ok(Self { db, id, salt, failure: Mutex::new(None), mark, clock: opening.clock.clone() })
+        let wal = Wal::begin(log, *opening.boot.as_bytes(), applied)?;
+        Ok(Self {
+            view: RwLock::new(View::of(Tree::open(&db)?)),
+            wal: Mutex::new(wal),
+            settling: Mutex::new(row),
+            db,
+            id,
+            salt,
+            failure: Mutex::new(None),
+            mark: AtomicU64::new(now.millis()),
+            clock: opening.clock.clone(),
+        })
     }
 
     /// The ledger's id.
@@ -159,7 +242,7 @@ impl RedbStore {
 
     /// Why nothing can be written any more.
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.failure).clone()
     }
 
     /// The time: the machine's clock, held where it was when that is set back.
@@ -168,19 +251,163 @@ impl RedbStore {
         UnixMs::from_millis(self.mark.fetch_max(wall.millis(), Ordering::SeqCst)).max(wall)
     }
 
-    pub(crate) fn read(&self) -> Result<redb::ReadTransaction, LedgerError> {
-        Ok(self.db.begin_read()?)
+    /// All that is durable. Changes wait for whoever holds it, so it is let go of before anything slow.
+    pub(crate) fn view(&self) -> RwLockReadGuard<'_, View> {
+        self.view.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn writer(&self, opening: &Opening) -> Writer<'_> {
-        Writer { store: self, opening: opening.clone(), head: None }
+    fn view_mut(&self) -> RwLockWriteGuard<'_, View> {
+        self.view.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Latches: from now on nothing is written, until the file is opened again.
     pub(super) fn fail(&self, error: &LedgerError) {
         tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+        *locked(&self.failure) = Some(error.to_string());
     }
+
+    /// Makes changes durable, and then seen. What has no room in the log goes into the tree at once.
+    fn keep(&self, changes: Changes) -> Result<(), LedgerError> {
+        let frame = changes.encode()?;
+        let mut wal = locked(&self.wal);
+        // It may have been closed since the batch began.
+        if let Some(why) = self.failure() {
+            return Err(LedgerError::Unavailable(why));
+        }
+        if wal.append(&frame)? {
+            self.view_mut().recent.join(changes);
+            return Ok(());
+        }
+        drop(wal);
+        self.settle_with(Some(&changes), |_| Ok(()))
+    }
+
+    /// Whether the log should be taken into the tree before it is full.
+    pub(super) fn is_filling(&self) -> bool {
+        locked(&self.wal).is_filling()
+    }
+
+    /// Takes everything that is durable so far into the tree.
+    pub(crate) fn settle(&self) -> Result<(), LedgerError> {
+        self.settle_with(None, |_| Ok(()))
+    }
+
+    /// Takes everything that is durable so far into the tree, then `more`, then does what `then` does with it, in one
+    /// transaction. What only `then` fails at leaves the rest settled.
+    pub(super) fn settle_with<T>(
+        &self,
+        more: Option<&Changes>,
+        then: impl FnOnce(&WriteTransaction) -> Result<T, LedgerError>,
+    ) -> Result<T, LedgerError> {
+        let mut row = locked(&self.settling);
+        if let Some(why) = self.failure() {
+            return Err(LedgerError::Unavailable(why));
+        }
+        let settled = self.settle_in_turn(&mut row, more, then);
+        if let Err(error @ LedgerError::Unavailable(_)) = &settled {
+            self.fail(error);
+        }
+        settled
+    }
+
+    fn settle_in_turn<T>(
+        &self,
+        row: &mut WalRow,
+        more: Option<&Changes>,
+        then: impl FnOnce(&WriteTransaction) -> Result<T, LedgerError>,
+    ) -> Result<T, LedgerError> {
+        let txn = begin(&self.db)?;
+        let (settling, applied) = {
+            // Between a frame and its being seen there is no moment here.
+            let mut wal = locked(&self.wal);
+            let mut view = self.view_mut();
+            view.settling = Arc::new(std::mem::take(&mut view.recent));
+            (Arc::clone(&view.settling), wal.switch())
+        };
+        Tables::write(&settling, &txn)?;
+        if let Some(more) = more {
+            Tables::write(more, &txn)?;
+        }
+        let done = then(&txn);
+        if let Err(LedgerError::Unavailable(_)) = &done {
+            return done;
+        }
+        row.applied = applied;
+        txn.open_table(META.definition)?.insert(meta::WAL, row::encode(row).as_slice())?;
+        txn.commit()?;
+        let tree = Tree::open(&self.db)?;
+        let before = {
+            let mut view = self.view_mut();
+            view.settling = Arc::default();
+            std::mem::replace(&mut view.tree, tree)
+        };
+        // Its pages are free again, once no reader has it any more.
+        drop(before);
+        done
+    }
+
+    /// Takes everything in, and notes that the log is not needed any more. Nothing is written from now on.
+    pub(super) fn close(&self) -> Result<(), LedgerError> {
+        let mut row = locked(&self.settling);
+        {
+            let mut failure = locked(&self.failure);
+            if let Some(why) = &*failure {
+                return Err(LedgerError::Unavailable(why.clone()));
+            }
+            *failure = Some("it is closed".to_owned());
+        }
+        self.settle_in_turn(&mut row, None, |txn| {
+            txn.open_table(META.definition)?.insert(meta::FORMAT, row::encode(&FORMAT_CLOSED).as_slice())?;
+            Ok(())
+        })
+    }
+}
+
+impl Drop for RedbStore {
+    fn drop(&mut self) {
+        // One that failed is left as it is: the next start looks at both files.
+        if self.failure().is_none()
+            && let Err(error) = self.close()
+        {
+            tracing::warn!(%error, "the ledger was not closed; the next start takes in its log");
+        }
+    }
+}
+
+/// In [`LedgerError::Corrupt`]: the file needs a log that is not there.
+const WAL_MISSING: &str = "ledger with its write-ahead log";
+
+/// What the log has and the tree does not: the number of its last frame, and all changes in one.
+fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<(u64, Changes), LedgerError> {
+    let missing = LedgerError::Corrupt(WAL_MISSING);
+    let (Some(row), Some(kept)) = (row, wal::read(log)?) else { return Err(missing) };
+    let is_of = |epoch: &ByteArray<16>| *epoch == ByteArray::from(kept.epoch);
+    if !is_of(&row.epoch) && !row.before.as_ref().is_some_and(is_of) {
+        return Err(missing);
+    }
+    let (mut last, mut changes) = (row.applied, Changes::default());
+    for (number, frame) in kept.frames {
+        if number <= last {
+            continue;
+        }
+        // Of the run before, everything was taken in before this one began.
+        if !is_of(&row.epoch) || last.checked_add(1) != Some(number) {
+            return Err(missing);
+        }
+        last = number;
+        changes.join(frame);
+    }
+    Ok((last, changes))
+}
+
+/// Where the write-ahead log of a ledger file is.
+fn wal_path(path: &Path) -> PathBuf {
+    path.with_extension("wal")
+}
+
+fn sync_folder_of(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all())
 }
 
 /// Looks into a ledger file that nobody has open, without changing what it says: its format and to whom it is bound.
@@ -190,13 +417,22 @@ impl RedbStore {
 pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
     let db = journal::database().open(path)?;
     let txn = db.begin_read()?;
-    let table = txn.open_table(row::META)?;
+    let table = txn.open_table(META.definition)?;
     let format: u32 = match table.get(meta::FORMAT)? {
         Some(bytes) => row::decode(bytes.value())?,
         None => return Err(LedgerError::Corrupt("ledger")),
     };
-    if format > FORMAT {
-        return Err(LedgerError::NewerFormat { found: format, known: FORMAT });
+    if format > FORMAT_OPEN {
+        return Err(LedgerError::NewerFormat { found: format, known: FORMAT_OPEN });
+    }
+    if format == FORMAT_OPEN {
+        let row = table.get(meta::WAL)?.map(|bytes| row::decode(bytes.value())).transpose()?;
+        let file = std::fs::File::open(wal_path(path))
+            .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", wal_path(path).display())))?;
+        let (_, changes) = left_in(&FileBackend::new(file)?, row.as_ref())?;
+        if let Change::Put(binding) = changes.get(&META, meta::BINDING.as_bytes()) {
+            return Ok((format, row::decode(binding)?));
+        }
     }
     let binding = table.get(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))?;
     Ok((format, row::decode(binding.value())?))
@@ -215,270 +451,17 @@ fn begin(db: &Database) -> Result<WriteTransaction, LedgerError> {
     Ok(txn)
 }
 
-/// Executes batches. Owned by the writer thread.
-#[derive(Debug)]
-pub struct Writer<'a> {
-    store: &'a RedbStore,
-    opening: Opening,
-    /// The end of the chain as the last commit left it.
-    head: Option<Head>,
-}
-
-/// An answer that waits for the commit.
-type Waiting = Box<dyn FnOnce(Option<&LedgerError>)>;
-
-impl Writer<'_> {
-    /// Executes a batch, commits once, and only then answers.
-    pub fn commit(&mut self, batch: Vec<Command>) {
-        if let Some(why) = self.store.failure() {
-            let error = LedgerError::Unavailable(why);
-            refuse_all(batch, &error);
-            return;
-        }
-        let mut waiting = Vec::with_capacity(batch.len());
-        let result = self.try_commit(batch, &mut waiting);
-        if let Err(error) = &result {
-            self.store.fail(error);
-        }
-        for answer in waiting {
-            answer(result.as_ref().err());
-        }
-    }
-
-    fn try_commit(&mut self, batch: Vec<Command>, waiting: &mut Vec<Waiting>) -> Result<(), LedgerError> {
-        let txn = match begin(&self.store.db) {
-            Ok(txn) => txn,
-            Err(error) => {
-                refuse_all(batch, &error);
-                return Err(error);
-            }
-        };
-        let mut commands = batch.into_iter();
-        let mut tx = match Tx::open(&txn, &self.opening, self.head) {
-            Ok(tx) => tx,
-            Err(error) => {
-                refuse_all(commands, &error);
-                return Err(error);
-            }
-        };
-        let mut broken = None;
-        for command in commands.by_ref() {
-            let now = self.store.now();
-            match execute(self.store, &mut tx, command, now, self.opening.boot) {
-                Ok(answer) => waiting.push(answer),
-                Err((answer, error)) => {
-                    waiting.push(answer);
-                    broken = Some(error);
-                    break;
-                }
-            }
-        }
-        if let Some(error) = broken {
-            refuse_all(commands, &error);
-            return Err(error);
-        }
-        let (wrote, head) = (tx.wrote(), tx.head());
-        drop(tx);
-        if !wrote {
-            return Ok(txn.abort()?);
-        }
-        txn.commit()?;
-        self.head = Some(head);
-        Ok(())
-    }
-}
-
-type Executed = Result<Waiting, (Waiting, LedgerError)>;
-
-fn answer<T: 'static>(reply: Reply<T>, result: Result<T, LedgerError>) -> Executed {
-    told(result, move |result| {
-        // Whoever asked may have gone; what was done stays done.
-        let _ = reply.send(result);
-    })
-}
-
-/// Pairs what a command came to with whoever is told of it. An error of storage breaks the batch; any other error is the
-/// command's own, and it has written nothing.
-fn told<T: 'static>(
-    result: Result<T, LedgerError>,
-    tell: impl FnOnce(Result<T, LedgerError>) + 'static,
-) -> Executed {
-    let breaks = match &result {
-        Err(error @ LedgerError::Unavailable(_)) => Some(error.clone()),
-        Err(
-            LedgerError::Corrupt(_)
-            | LedgerError::Locked
-            | LedgerError::NewerFormat { .. }
-            | LedgerError::BoundElsewhere { .. }
-            | LedgerError::NotFound
-            | LedgerError::Lost
-            | LedgerError::Contradiction(_),
-        )
-        | Ok(_) => None,
-    };
-    let waiting: Waiting = Box::new(move |failed| {
-        tell(match failed {
-            Some(error) => Err(error.clone()),
-            None => result,
-        });
-    });
-    match breaks {
-        Some(error) => Err((waiting, error)),
-        None => Ok(waiting),
-    }
-}
-
-fn refuse_all(commands: impl IntoIterator<Item = Command>, error: &LedgerError) {
-    for command in commands {
-        refuse_command(command, error);
-    }
-}
-
-fn refuse_command(command: Command, error: &LedgerError) {
-    fn tell<T>(reply: Reply<T>, error: &LedgerError) {
-        // Whoever asked may have gone.
-        let _ = reply.send(Err(error.clone()));
-    }
-    match command {
-        Command::Admit { reply, .. } => tell(reply, error),
-        Command::RevokeKey { reply, .. } => tell(reply, error),
-        Command::RevokeIssuer { reply, .. } => tell(reply, error),
-        Command::ResumeBudget { reply, .. } | Command::AcceptLoss { reply, .. } => tell(reply, error),
-        Command::Bind { reply, .. } => tell(reply, error),
-        Command::LowerClock { reply, .. } => tell(reply, error),
-        Command::EndDoubt { reply, .. } => tell(reply, error),
-        Command::ForgetCall { reply, .. } => tell(reply, error),
-        Command::Tick { reply } => tell(reply, error),
-        Command::Resolve { reply, .. }
-        | Command::CreateIssuer { reply, .. }
-        | Command::Observe { reply, .. }
-        | Command::NoteSearch { reply, .. }
-        | Command::Refused { reply, .. }
-        | Command::Record { reply, .. }
-        | Command::IssueKey { reply, .. }
-        | Command::KillSwitch { reply, .. }
-        | Command::Shipped { reply, .. }
-        | Command::NoteLoss { reply, .. }
-        | Command::Flush { reply } => tell(reply, error),
-        // It counts as lost.
-        Command::Note { ticket, .. } => drop(ticket),
-    }
-}
-
-fn execute(store: &RedbStore, tx: &mut Tx<'_>, command: Command, now: UnixMs, boot: BootId) -> Executed {
-    if let Err(error) = tx.note_clock(now, store.clock.now()) {
-        refuse_command(command, &error);
-        return Err((Box::new(|_| ()), error));
-    }
-    match command {
-        Command::Admit { key_id, admit, reply } => answer(reply, admit_call(tx, key_id, &admit, now)),
-        Command::Resolve { hold_id, call_id, resolve, reply } => {
-            answer(reply, tx.resolve(hold_id, call_id, &resolve, boot, now))
-        }
-        Command::CreateIssuer { issuer, actor, reply } => {
-            answer(reply, tx.create_issuer(&issuer, &actor, now))
-        }
-        Command::RevokeIssuer { issuer_id, actor, reply } => {
-            answer(reply, tx.revoke_issuer(issuer_id, &actor, now))
-        }
-        Command::ResumeBudget { issuer, name, reason, actor, reply } => {
-            answer(reply, tx.resume_budget(issuer, &name, &reason, &actor, now))
-        }
-        Command::EndDoubt { hold_id, end, reply } => answer(reply, tx.end_doubt(hold_id, &end, now)),
-        Command::NoteSearch { hold_id, read, came_to, reply } => {
-            answer(reply, tx.note_search(hold_id, &read, &came_to, now))
-        }
-        Command::ForgetCall { call_id, reason, actor, reply } => {
-            answer(reply, tx.forget_call(call_id, &reason, &actor, now))
-        }
-        Command::Observe { account, object, facts, record, reply } => {
-            answer(reply, tx.observe(&account, &object, &facts, record, now))
-        }
-        Command::Refused { key_id, facts, refusal, duration_ms, reply } => {
-            answer(reply, tx.refused(key_id, &facts, &refusal, duration_ms, now))
-        }
-        Command::Record { entry, reply } => {
-            answer(reply, tx.append(&Entry { at: now.to_string(), ..*entry }))
-        }
-        Command::Note { note, ticket } => {
-            let noted = match note {
-                Note::Record(entry) => tx.append(&Entry { at: now.to_string(), ..*entry }),
-                Note::Refused { key_id, facts, refusal, duration_ms } => {
-                    tx.refused(key_id, &facts, &refusal, duration_ms, now)
-                }
-            };
-            told(noted, move |noted| {
-                if noted.is_ok() {
-                    ticket.settle();
-                }
-            })
-        }
-        Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(&key, &actor, now)),
-        Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(key_id, &actor, now)),
-        Command::KillSwitch { on, reason, actor, reply } => {
-            answer(reply, tx.kill_switch(on, &reason, &actor, now))
-        }
-        Command::Bind { account, key_digest, reply } => answer(reply, tx.bind(&account, key_digest, now)),
-        Command::LowerClock { reason, actor, reply } => {
-            let wall = store.clock.now();
-            let lowered = tx.lower_clock(&reason, &actor, now, wall);
-            if lowered.is_ok() {
-                store.mark.store(wall.millis(), Ordering::SeqCst);
-            }
-            answer(reply, lowered)
-        }
-        Command::Shipped { to, reply } => answer(reply, tx.put_meta(meta::SHIPPED_TO, &to)),
-        Command::NoteLoss { collector_seq, reply } => answer(reply, tx.note_loss(collector_seq, now)),
-        Command::AcceptLoss { fresh, reason, actor, reply } => {
-            answer(reply, tx.accept_loss(fresh, &reason, &actor, now))
-        }
-        Command::Flush { reply } => answer(reply, Ok(())),
-        Command::Tick { reply } => answer(reply, tx.tick(now)),
-    }
-}
-
-fn admit_call(
-    tx: &mut Tx<'_>,
-    key_id: crate::id::KeyId,
-    admit: &rules::Admit,
-    now: UnixMs,
-) -> Result<Admitted, LedgerError> {
-    let Judged { key, payer, verdict } = tx.judge(key_id, admit, now)?;
-    match verdict {
-        Verdict::Send(effects) => {
-            let held = Held::of(&effects, admit.intent.basis.clone())?;
-            tx.write(&effects, now)?;
-            Ok(Admitted::Held(held))
-        }
-        Verdict::Replay(call_id, effects) => {
-            let answer = tx.answer(call_id)?.ok_or(LedgerError::Contradiction("a kept answer is gone"))?;
-            tx.write(&effects, now)?;
-            Ok(Admitted::Replay { call_id, answer })
-        }
-        Verdict::Look(mark) => Ok(Admitted::Look(mark)),
-        Verdict::Tell(executed) => Ok(Admitted::Tell(executed)),
-        Verdict::Refuse(refusal) => {
-            tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
-            // The limit of one call is the caller's own; all other caps are the payer's.
-            let of_one_call =
-                refusal.figures.as_ref().is_some_and(|figures| figures.cap == CapKind::PerRequest);
-            tx.stop_budget(if of_one_call { &key } else { &payer }, &refusal, now)?;
-            Ok(Admitted::Refused(refusal))
-        }
-    }
-}
-
 impl Tx<'_> {
     fn create(&mut self, opening: &Opening, now: UnixMs) -> Result<(), LedgerError> {
-        self.put_meta(meta::FORMAT, &FORMAT)?;
-        self.put_meta(meta::LEDGER_ID, &opening.fresh_id)?;
-        self.put_meta(meta::SALT, &ByteArray::from(opening.fresh_salt))?;
+        self.put_meta(meta::FORMAT, &FORMAT_CLOSED);
+        self.put_meta(meta::LEDGER_ID, &opening.fresh_id);
+        self.put_meta(meta::SALT, &ByteArray::from(opening.fresh_salt));
         let binding =
             BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
-        self.put_meta(meta::BINDING, &binding)?;
+        self.put_meta(meta::BINDING, &binding);
         self.begin_first_chain(opening.fresh_id);
         let mut detail = Map::new();
-        detail.insert("format".to_owned(), Value::from(FORMAT));
+        detail.insert("format".to_owned(), Value::from(FORMAT_CLOSED));
         detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
         self.append(&entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))
     }
@@ -508,11 +491,6 @@ impl Tx<'_> {
     }
 
     pub(super) fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
-        let table = self.txn().open_table(row::HOLDS)?;
-        let mut holds = Vec::new();
-        for row in table.range((row::PHASE_LIVE, &[0; 16])..=(row::PHASE_LIVE, &[255; 16]))? {
-            holds.push(row::decode(row?.1.value())?);
-        }
-        Ok(holds)
+        self.range(&row::HOLDS, live_holds(), |_, hold| row::decode(hold))?.collect()
     }
 }

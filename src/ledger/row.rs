@@ -21,21 +21,28 @@
 //! Ids are big-endian, so tables are in the order of time. Every value that is not an id starts with a version byte;
 //! the rest is CBOR with numbered fields, to which later versions may add.
 
+use std::ops::Bound;
+
 use minicbor::{Decode, Encode};
-use redb::TableDefinition;
+use redb::{Key, ReadOnlyTable, ReadTransaction, TableDefinition, WriteTransaction};
 
 use crate::hold::{Lane, Subject};
+use crate::journal;
 use crate::ledger::LedgerError;
+use crate::ledger::redb::changes::Changes;
 use crate::time::Day;
 
 /// The version of all values written by this build.
 const VALUE_VERSION: u8 = 1;
-/// The format of the whole file. A file of a higher format is refused.
-pub const FORMAT: u32 = 1;
+/// The format of a file that holds everything: it was closed.
+pub const FORMAT_CLOSED: u32 = 1;
+/// The format of a file that is in use, or was when the process ended: the write-ahead log beside it belongs to it. What
+/// does not know that log must not open it.
+pub const FORMAT_OPEN: u32 = 2;
 
 /// Names of rows in `meta`.
 pub mod meta {
-    /// [`super::FORMAT`] of the file.
+    /// [`super::FORMAT_CLOSED`] or [`super::FORMAT_OPEN`].
     pub const FORMAT: &str = "format";
     /// Id of the ledger and of its chain.
     pub const LEDGER_ID: &str = "ledger_id";
@@ -58,24 +65,69 @@ pub mod meta {
     pub const SHIPPED_TO: &str = "shipped_to";
     /// [`super::LossRow`], from when a collector was seen to know more than this ledger until an operator accepts it.
     pub const LOSS: &str = "loss";
+    /// [`super::WalRow`]: how far the file has taken in its write-ahead log.
+    pub const WAL: &str = "wal";
 }
 
 pub(crate) type Bytes = &'static [u8];
 pub(crate) type Id = &'static [u8; 16];
 
-pub(crate) const META: TableDefinition<'_, &str, Bytes> = TableDefinition::new("meta");
-pub(crate) const KEYS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("keys");
-pub(crate) const KEY_DIGESTS: TableDefinition<'_, &[u8; 32], (u8, Id)> = TableDefinition::new("key_digests");
-pub(crate) const ISSUERS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("issuers");
-pub(crate) const BUDGETS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("budgets");
-pub(crate) const CALLS: TableDefinition<'_, &[u8; 32], Bytes> = TableDefinition::new("calls");
-pub(crate) const CALL_IDS: TableDefinition<'_, Id, &[u8; 32]> = TableDefinition::new("call_ids");
-pub(crate) const ANSWERS: TableDefinition<'_, Id, Bytes> = TableDefinition::new("answers");
-pub(crate) const HOLDS: TableDefinition<'_, (u8, Id), Bytes> = TableDefinition::new("holds");
-pub(crate) const OBJECTS: TableDefinition<'_, (&str, &str), Id> = TableDefinition::new("objects");
-pub(crate) const COUNTERS: TableDefinition<'_, (u8, Id, u32, u8), Bytes> = TableDefinition::new("counters");
-pub(crate) const DUE: TableDefinition<'_, (u64, u8, Id), ()> = TableDefinition::new("due");
-pub(crate) const REFUSALS: TableDefinition<'_, (Id, &str, u64), Bytes> = TableDefinition::new("refusals");
+/// A table. Its number names it in the write-ahead log, and is never given to another one.
+pub(crate) struct Table<K: Key + 'static, V: redb::Value + 'static> {
+    pub(crate) number: u8,
+    pub(crate) definition: TableDefinition<'static, K, V>,
+    pub(crate) of: fn(&Tables) -> &ReadOnlyTable<K, V>,
+}
+
+macro_rules! tables {
+    ($($constant:ident = $number:literal, $field:ident: $key:ty => $value:ty, $definition:expr;)*) => {
+        $(pub(crate) const $constant: Table<$key, $value> =
+            Table { number: $number, definition: $definition, of: |tables| &tables.$field };)*
+
+        /// How many tables there are.
+        pub(crate) const TABLES: usize = [$($number),*].len();
+
+        /// All tables of one snapshot.
+        pub(crate) struct Tables {
+            $($field: ReadOnlyTable<$key, $value>,)*
+        }
+
+        impl Tables {
+            pub(crate) fn open(txn: &ReadTransaction) -> Result<Self, LedgerError> {
+                Ok(Self { $($field: txn.open_table($constant.definition)?,)* })
+            }
+
+            /// Makes those that are missing.
+            pub(crate) fn create(txn: &WriteTransaction) -> Result<(), LedgerError> {
+                $(txn.open_table($constant.definition)?;)*
+                Ok(())
+            }
+
+            /// Writes changes to where they belong.
+            pub(crate) fn write(changes: &Changes, txn: &WriteTransaction) -> Result<(), LedgerError> {
+                $(changes.write(&$constant, txn)?;)*
+                Ok(())
+            }
+        }
+    };
+}
+
+tables! {
+    META = 0, meta: &'static str => Bytes, TableDefinition::new("meta");
+    KEYS = 1, keys: Id => Bytes, TableDefinition::new("keys");
+    KEY_DIGESTS = 2, key_digests: &'static [u8; 32] => (u8, Id), TableDefinition::new("key_digests");
+    ISSUERS = 3, issuers: Id => Bytes, TableDefinition::new("issuers");
+    BUDGETS = 4, budgets: Id => Bytes, TableDefinition::new("budgets");
+    CALLS = 5, calls: &'static [u8; 32] => Bytes, TableDefinition::new("calls");
+    CALL_IDS = 6, call_ids: Id => &'static [u8; 32], TableDefinition::new("call_ids");
+    ANSWERS = 7, answers: Id => Bytes, TableDefinition::new("answers");
+    HOLDS = 8, holds: (u8, Id) => Bytes, TableDefinition::new("holds");
+    OBJECTS = 9, objects: (&'static str, &'static str) => Id, TableDefinition::new("objects");
+    COUNTERS = 10, counters: (u8, Id, u32, u8) => Bytes, TableDefinition::new("counters");
+    DUE = 11, due: (u64, u8, Id) => (), TableDefinition::new("due");
+    REFUSALS = 12, refusals: (Id, &'static str, u64) => Bytes, TableDefinition::new("refusals");
+    AUDIT = 13, audit: u64 => Bytes, journal::AUDIT;
+}
 
 /// In `key_digests`: the id is a vault key's.
 pub const KEY_KIND_VAULT: u8 = 0;
@@ -91,6 +143,20 @@ pub const DUE_HOLD: u8 = 2;
 pub const PHASE_LIVE: u8 = 0;
 /// In `holds`: spent or void.
 pub const PHASE_ENDED: u8 = 1;
+
+/// How far a file has taken in the write-ahead log beside it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct WalRow {
+    /// The run of the process whose log it is.
+    #[n(0)]
+    pub epoch: minicbor::bytes::ByteArray<16>,
+    /// The run whose log was taken in whole just before that one began.
+    #[n(1)]
+    pub before: Option<minicbor::bytes::ByteArray<16>>,
+    /// The number of the last frame that is in the file.
+    #[n(2)]
+    pub applied: u64,
+}
 
 /// To which Stripe account and mode a ledger is bound.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
@@ -173,6 +239,19 @@ pub struct RefusalRow {
     /// The entry of the last of them, as JSON.
     #[n(1)]
     pub entry: String,
+}
+
+/// From which row to which.
+pub(crate) type Span<K> = (Bound<K>, Bound<K>);
+
+/// Every row of a table.
+pub(crate) fn all<K>() -> Span<K> {
+    (Bound::Unbounded, Bound::Unbounded)
+}
+
+/// The live holds, in the order of their ids.
+pub(crate) fn live_holds() -> Span<(u8, Id)> {
+    (Bound::Included((PHASE_LIVE, &[0; 16])), Bound::Included((PHASE_LIVE, &[255; 16])))
 }
 
 /// A value's bytes.

@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -18,6 +19,7 @@ use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::notes::{NOTES_WAIT_MS, Note, Ticket};
 use crate::ledger::redb::RedbStore;
+use crate::ledger::redb::batch::Writer;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
@@ -56,6 +58,7 @@ pub enum Command {
     NoteLoss { collector_seq: u64, reply: Reply<()> },
     AcceptLoss { fresh: LedgerId, reason: String, actor: Actor, reply: Reply<bool> },
     Flush { reply: Reply<()> },
+    Close { reply: Reply<()> },
     Tick { reply: Reply<Ticked> },
 }
 
@@ -70,14 +73,53 @@ pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, openin
                 return;
             }
         };
-        let mut writer = store.writer(&opening);
+        let keeper = spawn_keeper(Arc::clone(&store), opening.clone());
+        let mut writer = Writer::new(&store, &opening, keeper.clone());
         while let Some(batch) = runtime.block_on(next_batch(&mut waiting)) {
             // A defect of ours or of the store must be seen by `/readyz`, as a full disk is: nothing is admitted any more.
             if catch_unwind(AssertUnwindSafe(|| writer.commit(batch))).is_err() {
                 store.fail(&LedgerError::Unavailable("its writer panicked".to_owned()));
             }
+            if store.is_filling() {
+                // It is there already, or the writer settles for itself when there is no room.
+                let _ = keeper.try_send(Chore::Settle);
+            }
         }
     });
+}
+
+/// What is done beside the writer.
+pub(super) enum Chore {
+    /// Take the write-ahead log into the tree.
+    Settle,
+    /// The same, and let the index follow and old records go.
+    KeepUp(Reply<Ticked>),
+    /// Take in everything, for the last time.
+    Close(Reply<()>),
+}
+
+/// Chores that wait; ticks wait for each other.
+const CHORES_WAITING_MAX: usize = 16;
+
+/// Starts the thread that takes what the writer has written into the tree, so that no caller waits for that. It ends with
+/// the writer.
+fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
+    let (chores, waiting) = sync_channel(CHORES_WAITING_MAX);
+    std::thread::spawn(move || {
+        while let Ok(chore) = waiting.recv() {
+            let done = catch_unwind(AssertUnwindSafe(|| match chore {
+                Chore::Settle if store.is_filling() => drop(store.settle()),
+                Chore::Settle => {}
+                // Whoever asked may have gone.
+                Chore::KeepUp(reply) => drop(reply.send(store.keep_up(&opening))),
+                Chore::Close(reply) => drop(reply.send(store.close())),
+            }));
+            if done.is_err() {
+                store.fail(&LedgerError::Unavailable("what takes its log into the tree panicked".to_owned()));
+            }
+        }
+    });
+    chores
 }
 
 /// What the next commit is for; `None` when every handle is gone and everything is taken.

@@ -70,9 +70,8 @@ impl Tx<'_> {
             read: read.to_owned(),
             came_to: came_to.to_owned(),
         });
-        self.wrote_rows();
         let row = row::encode(&Hold { search, ..hold });
-        self.txn().open_table(HOLDS)?.insert((PHASE_LIVE, hold_id.as_bytes()), row.as_slice())?;
+        self.put(&HOLDS, &(PHASE_LIVE, hold_id.as_bytes()), &row.as_slice());
         Ok(())
     }
 

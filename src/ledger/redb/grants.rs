@@ -1,6 +1,5 @@
 //! Keys, issuers and budgets: the rows that say who may spend.
 
-use redb::ReadableTable;
 use serde_json::{Map, Value};
 
 use crate::audit::Event;
@@ -16,17 +15,15 @@ use crate::refusal::{Code, Refusal};
 use crate::time::{DAY_MS, UnixMs};
 
 impl Tx<'_> {
-    pub(super) fn put_key(&mut self, key: &Key) -> Result<(), LedgerError> {
-        self.wrote_rows();
-        self.txn().open_table(KEYS)?.insert(key.id.as_bytes(), row::encode(key).as_slice())?;
-        Ok(())
+    pub(super) fn put_key(&mut self, key: &Key) {
+        self.put(&KEYS, &key.id.as_bytes(), &row::encode(key).as_slice());
     }
 
     pub(super) fn issue_key(&mut self, key: &Key, actor: &Actor, now: UnixMs) -> Result<(), LedgerError> {
-        self.put_key(key)?;
-        self.txn().open_table(KEY_DIGESTS)?.insert(&key.digest, (KEY_KIND_VAULT, key.id.as_bytes()))?;
+        self.put_key(key);
+        self.put(&KEY_DIGESTS, &&key.digest, &(KEY_KIND_VAULT, key.id.as_bytes()));
         let look_at = key.expires_at.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS));
-        self.put_due(look_at, DUE_KEY, key.id.as_bytes())?;
+        self.put_due(look_at, DUE_KEY, key.id.as_bytes());
         self.append(&entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
     }
 
@@ -34,16 +31,14 @@ impl Tx<'_> {
         let mut key = self.key(id)?.ok_or(LedgerError::NotFound)?;
         if key.revoked_at.is_none() {
             key.revoked_at = Some(now);
-            self.put_key(&key)?;
+            self.put_key(&key);
             self.append(&entry::of_admin(now, Event::KeyRevoked, &actor.0, Some(&key), Map::new()))?;
         }
         Ok(key)
     }
 
     fn issuer(&self, id: IssuerId) -> Result<Option<Issuer>, LedgerError> {
-        let table = self.txn().open_table(ISSUERS)?;
-        let found = table.get(id.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&ISSUERS, &id.as_bytes(), row::decode)
     }
 
     /// The issuer that minted a key. One that is gone is a contradiction: its limits would be gone with it.
@@ -59,10 +54,8 @@ impl Tx<'_> {
         actor: &Actor,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        self.put_issuer(issuer)?;
-        self.txn()
-            .open_table(KEY_DIGESTS)?
-            .insert(&issuer.digest, (KEY_KIND_ISSUER, issuer.id.as_bytes()))?;
+        self.put_issuer(issuer);
+        self.put(&KEY_DIGESTS, &&issuer.digest, &(KEY_KIND_ISSUER, issuer.id.as_bytes()));
         self.append(&entry::of_issuer(now, Event::IssuerCreated, &actor.0, issuer))
     }
 
@@ -75,23 +68,21 @@ impl Tx<'_> {
         let mut issuer = self.issuer(id)?.ok_or(LedgerError::NotFound)?;
         if issuer.revoked_at.is_none() {
             issuer.revoked_at = Some(now);
-            self.put_issuer(&issuer)?;
+            self.put_issuer(&issuer);
             self.append(&entry::of_issuer(now, Event::IssuerRevoked, &actor.0, &issuer))?;
         }
         Ok(issuer)
     }
 
-    fn put_issuer(&mut self, issuer: &Issuer) -> Result<(), LedgerError> {
-        self.wrote_rows();
-        self.txn().open_table(ISSUERS)?.insert(issuer.id.as_bytes(), row::encode(issuer).as_slice())?;
-        Ok(())
+    fn put_issuer(&mut self, issuer: &Issuer) {
+        self.put(&ISSUERS, &issuer.id.as_bytes(), &row::encode(issuer).as_slice());
     }
 
     // --- budgets
 
     pub(super) fn is_stopped(&self, key: &Key) -> Result<bool, LedgerError> {
         let Some(budget) = key.budget_id() else { return Ok(false) };
-        Ok(self.txn().open_table(BUDGETS)?.get(budget.as_bytes())?.is_some())
+        Ok(self.get(&BUDGETS, &budget.as_bytes(), |_| Ok(()))?.is_some())
     }
 
     /// The first cap refusal under a budget whose keys want it so stops them all.
@@ -111,8 +102,7 @@ impl Tx<'_> {
             return Ok(());
         }
         let row = BudgetRow { since: now, name: name.clone(), code: refusal.code.as_str().to_owned() };
-        self.wrote_rows();
-        self.txn().open_table(BUDGETS)?.insert(budget.as_bytes(), row::encode(&row).as_slice())?;
+        self.put(&BUDGETS, &budget.as_bytes(), &row::encode(&row).as_slice());
         let mut detail = Map::new();
         detail.insert("budget".to_owned(), Value::from(name));
         detail.insert("code".to_owned(), Value::from(refusal.code.as_str()));
@@ -128,9 +118,9 @@ impl Tx<'_> {
         now: UnixMs,
     ) -> Result<bool, LedgerError> {
         let budget = BudgetId::of(issuer, name);
-        let was_stopped = self.txn().open_table(BUDGETS)?.remove(budget.as_bytes())?.is_some();
-        self.wrote_rows();
+        let was_stopped = self.get(&BUDGETS, &budget.as_bytes(), |_| Ok(()))?.is_some();
         if was_stopped {
+            self.remove(&BUDGETS, &budget.as_bytes());
             let mut detail = Map::new();
             detail.insert("budget".to_owned(), Value::from(name));
             detail.insert("reason".to_owned(), Value::from(reason));

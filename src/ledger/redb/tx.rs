@@ -1,5 +1,7 @@
 //! One write transaction: rows in, rows out, and the verbs that change them.
 
+use std::ops::Bound;
+
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 use redb::{ReadableTable, WriteTransaction};
@@ -11,12 +13,15 @@ use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer}
 use crate::hold::{Facts, Hold, HoldState, Lane};
 use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId, hex};
 use crate::intent::Claim;
-use crate::journal::{self, AUDIT, split_sealed};
+use crate::journal::split_sealed;
 use crate::key::Key;
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
+use crate::ledger::redb::changes::{Change, Changes};
+use crate::ledger::redb::view::{Order, Rows, View};
 use crate::ledger::row::{
-    self, ANSWERS, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS, KEYS,
-    KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, meta,
+    self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS,
+    KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, Span, Table,
+    meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict, limits};
@@ -55,26 +60,27 @@ pub(super) struct Judged {
 
 /// A write transaction with what every command needs at hand.
 pub(super) struct Tx<'t> {
-    txn: &'t WriteTransaction,
+    view: &'t View,
+    /// What this transaction changes.
+    changes: Changes,
     opening: &'t Opening,
     head: Head,
     ledger_id: String,
     chain_id: String,
-    wrote: bool,
 }
 
 impl<'t> Tx<'t> {
     pub(super) fn open(
-        txn: &'t WriteTransaction,
+        view: &'t View,
         opening: &'t Opening,
         head: Option<Head>,
     ) -> Result<Self, LedgerError> {
         let head = match head {
             Some(head) => head,
-            None => stored_head(txn)?,
+            None => stored_head(view)?,
         };
-        let mut tx =
-            Self { txn, opening, head, ledger_id: String::new(), chain_id: String::new(), wrote: false };
+        let (ledger_id, chain_id) = (String::new(), String::new());
+        let mut tx = Self { view, changes: Changes::default(), opening, head, ledger_id, chain_id };
         if let Some(id) = tx.meta::<LedgerId>(meta::LEDGER_ID)? {
             tx.ledger_id = id.to_string();
             tx.chain_id = tx.meta::<ChainRow>(meta::CHAIN)?.map_or(id, |chain| chain.id).to_string();
@@ -82,12 +88,53 @@ impl<'t> Tx<'t> {
         Ok(tx)
     }
 
-    pub(super) fn txn(&self) -> &WriteTransaction {
-        self.txn
+    /// All that it changes.
+    pub(super) fn into_changes(self) -> Changes {
+        self.changes
     }
 
-    pub(super) fn opening(&self) -> &Opening {
-        self.opening
+    /// What a row is, by `read`.
+    pub(super) fn get<K: redb::Key, V: redb::Value, T>(
+        &self,
+        table: &Table<K, V>,
+        key: &K::SelfType<'_>,
+        read: impl FnOnce(V::SelfType<'_>) -> Result<T, LedgerError>,
+    ) -> Result<Option<T>, LedgerError> {
+        match self.changes.get(table, K::as_bytes(key).as_ref()) {
+            Change::None => self.view.get(table, key, read),
+            Change::Removed => Ok(None),
+            Change::Put(value) => read(V::from_bytes(value)).map(Some),
+        }
+    }
+
+    /// Rows in their order, each by `read`.
+    pub(super) fn range<K: redb::Key, V: redb::Value, T, F>(
+        &self,
+        table: &Table<K, V>,
+        range: Span<K::SelfType<'_>>,
+        read: F,
+    ) -> Result<Rows<K, V, F>, LedgerError>
+    where
+        F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
+    {
+        self.view.range(table, range, Order::Ascending, Some(&self.changes), read)
+    }
+
+    pub(super) fn put<K: redb::Key, V: redb::Value>(
+        &mut self,
+        table: &Table<K, V>,
+        key: &K::SelfType<'_>,
+        value: &V::SelfType<'_>,
+    ) {
+        self.changes.put(table, key, value);
+    }
+
+    pub(super) fn remove<K: redb::Key, V: redb::Value>(
+        &mut self,
+        table: &Table<K, V>,
+        key: &K::SelfType<'_>,
+    ) {
+        self.changes.remove(table, key);
     }
 
     pub(super) fn begin_first_chain(&mut self, id: LedgerId) {
@@ -99,7 +146,8 @@ impl<'t> Tx<'t> {
         if self.meta::<LossRow>(meta::LOSS)?.is_some() {
             return Ok(());
         }
-        self.put_meta(meta::LOSS, &LossRow { since: now, collector_seq })
+        self.put_meta(meta::LOSS, &LossRow { since: now, collector_seq });
+        Ok(())
     }
 
     /// An operator takes the ledger as it is: what was lost stays lost, and a new chain begins behind the old one.
@@ -125,8 +173,8 @@ impl<'t> Tx<'t> {
         detail.extend(binding.account.map(|account| ("account".to_owned(), Value::from(account))));
         detail.insert("before".to_owned(), Value::Object(before));
         detail.insert("reason".to_owned(), Value::from(reason));
-        self.txn.open_table(META)?.remove(meta::LOSS)?;
-        self.put_meta(meta::CHAIN, &ChainRow { id: fresh, base: self.head.place })?;
+        self.remove(&META, &meta::LOSS);
+        self.put_meta(meta::CHAIN, &ChainRow { id: fresh, base: self.head.place });
         self.chain_id = fresh.to_string();
         (self.head.seq, self.head.hash) = (0, FIRST_PREV_HASH);
         self.append(&entry::of_admin(now, Event::ChainStarted, &actor.0, None, detail))?;
@@ -135,15 +183,6 @@ impl<'t> Tx<'t> {
 
     pub(super) fn head(&self) -> Head {
         self.head
-    }
-
-    pub(super) fn wrote_rows(&mut self) {
-        self.wrote = true;
-    }
-
-    /// Whether anything was written that needs a commit.
-    pub(super) fn wrote(&self) -> bool {
-        self.wrote
     }
 
     /// The highest time that the file knows to have been used.
@@ -155,15 +194,11 @@ impl<'t> Tx<'t> {
     // --- meta
 
     pub(super) fn meta<T: for<'b> Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
-        let table = self.txn.open_table(META)?;
-        let found = table.get(name)?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&META, &name, row::decode)
     }
 
-    pub(super) fn put_meta<T: Encode<()>>(&mut self, name: &str, value: &T) -> Result<(), LedgerError> {
-        self.wrote = true;
-        self.txn.open_table(META)?.insert(name, row::encode(value).as_slice())?;
-        Ok(())
+    pub(super) fn put_meta<T: Encode<()>>(&mut self, name: &str, value: &T) {
+        self.put(&META, &name, &row::encode(value).as_slice());
     }
 
     pub(super) fn ledger_id(&self) -> Result<LedgerId, LedgerError> {
@@ -184,7 +219,7 @@ impl<'t> Tx<'t> {
     pub(super) fn note_clock(&mut self, now: UnixMs, wall: UnixMs) -> Result<(), LedgerError> {
         let is_back = now.millis_since(wall) > CLOCK_SLACK_MS;
         if is_back && self.meta::<UnixMs>(meta::RESEND_FLOOR)?.unwrap_or_default() < now {
-            self.put_meta(meta::RESEND_FLOOR, &now)?;
+            self.put_meta(meta::RESEND_FLOOR, &now);
         }
         Ok(())
     }
@@ -196,8 +231,8 @@ impl<'t> Tx<'t> {
         now: UnixMs,
         wall: UnixMs,
     ) -> Result<(UnixMs, UnixMs), LedgerError> {
-        self.put_meta(meta::CLOCK_MARK, &wall)?;
-        self.put_meta(meta::RESEND_FLOOR, &UnixMs::from_millis(wall.millis().saturating_sub(1)))?;
+        self.put_meta(meta::CLOCK_MARK, &wall);
+        self.put_meta(meta::RESEND_FLOOR, &UnixMs::from_millis(wall.millis().saturating_sub(1)));
         for hold in self.live_holds()? {
             let Some(mut call) = self.call_by_id(hold.call_id)? else { continue };
             // First sent by a clock that was wrong: nobody knows how long ago.
@@ -234,7 +269,7 @@ impl<'t> Tx<'t> {
             ..was.clone()
         };
         if is != was {
-            self.put_meta(meta::BINDING, &is)?;
+            self.put_meta(meta::BINDING, &is);
         }
         if was.account.is_none() {
             let mut detail = Map::new();
@@ -253,10 +288,9 @@ impl<'t> Tx<'t> {
         now: UnixMs,
     ) -> Result<(), LedgerError> {
         if on {
-            self.put_meta(meta::KILL_SWITCH, &KillSwitchRow { since: now, reason: reason.to_owned() })?;
+            self.put_meta(meta::KILL_SWITCH, &KillSwitchRow { since: now, reason: reason.to_owned() });
         } else {
-            self.wrote = true;
-            self.txn.open_table(META)?.remove(meta::KILL_SWITCH)?;
+            self.remove(&META, &meta::KILL_SWITCH);
         }
         let mut detail = Map::new();
         detail.insert("on".to_owned(), Value::from(on));
@@ -267,84 +301,64 @@ impl<'t> Tx<'t> {
     // --- keys
 
     pub(super) fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
-        let table = self.txn.open_table(KEYS)?;
-        let found = table.get(id.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&KEYS, &id.as_bytes(), row::decode)
     }
 
     // --- calls, holds, objects, counters
 
     fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
-        let table = self.txn.open_table(CALLS)?;
-        let found = table.get(&identity.0)?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&CALLS, &&identity.0, row::decode)
     }
 
     pub(super) fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
-        let identity = {
-            let table = self.txn.open_table(CALL_IDS)?;
-            table.get(id.as_bytes())?.map(|identity| Identity(*identity.value()))
-        };
+        let identity = self.get(&CALL_IDS, &id.as_bytes(), |identity| Ok(Identity(*identity)))?;
         // A newer call may have taken the identity.
         Ok(identity.map(|identity| self.call(&identity)).transpose()?.flatten().filter(|call| call.id == id))
     }
 
     pub(super) fn put_call(&mut self, call: &Call) -> Result<(), LedgerError> {
-        self.wrote = true;
-        let before: Option<Call> = {
-            let mut calls = self.txn.open_table(CALLS)?;
-            let before = calls.insert(&call.identity.0, row::encode(call).as_slice())?;
-            before.map(|before| row::decode(before.value())).transpose()?
-        };
+        let before = self.call(&call.identity)?;
+        self.put(&CALLS, &&call.identity.0, &row::encode(call).as_slice());
         if before.as_ref().is_some_and(|before| before.id == call.id) {
             return Ok(());
         }
         if let Some(before) = before {
-            self.remove_answer(before.id)?;
-            self.txn.open_table(CALL_IDS)?.remove(before.id.as_bytes())?;
+            self.remove_answer(before.id);
+            self.remove(&CALL_IDS, &before.id.as_bytes());
         }
-        self.txn.open_table(CALL_IDS)?.insert(call.id.as_bytes(), &call.identity.0)?;
+        self.put(&CALL_IDS, &call.id.as_bytes(), &&call.identity.0);
         Ok(())
     }
 
-    pub(super) fn remove_call(&mut self, call: &Call) -> Result<(), LedgerError> {
-        self.remove_answer(call.id)?;
-        self.txn.open_table(CALL_IDS)?.remove(call.id.as_bytes())?;
-        self.txn.open_table(CALLS)?.remove(&call.identity.0)?;
-        Ok(())
+    pub(super) fn remove_call(&mut self, call: &Call) {
+        self.remove_answer(call.id);
+        self.remove(&CALL_IDS, &call.id.as_bytes());
+        self.remove(&CALLS, &&call.identity.0);
     }
 
     pub(super) fn answer(&self, id: CallId) -> Result<Option<StoredAnswer>, LedgerError> {
-        let table = self.txn.open_table(ANSWERS)?;
-        let found = table.get(id.as_bytes())?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&ANSWERS, &id.as_bytes(), row::decode)
     }
 
     pub(super) fn has_answer(&self, id: CallId) -> Result<bool, LedgerError> {
-        Ok(self.txn.open_table(ANSWERS)?.get(id.as_bytes())?.is_some())
+        Ok(self.get(&ANSWERS, &id.as_bytes(), |_| Ok(()))?.is_some())
     }
 
-    pub(super) fn remove_answer(&mut self, id: CallId) -> Result<(), LedgerError> {
-        self.wrote = true;
-        self.txn.open_table(ANSWERS)?.remove(id.as_bytes())?;
-        Ok(())
+    pub(super) fn remove_answer(&mut self, id: CallId) {
+        self.remove(&ANSWERS, &id.as_bytes());
     }
 
     pub(super) fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
-        let table = self.txn.open_table(HOLDS)?;
         for phase in [PHASE_LIVE, PHASE_ENDED] {
-            if let Some(bytes) = table.get((phase, id.as_bytes()))? {
-                return Ok(Some(row::decode(bytes.value())?));
+            if let Some(hold) = self.get(&HOLDS, &(phase, id.as_bytes()), row::decode)? {
+                return Ok(Some(hold));
             }
         }
         Ok(None)
     }
 
     pub(super) fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
-        let id = {
-            let table = self.txn.open_table(OBJECTS)?;
-            table.get((account, object))?.map(|id| HoldId::from_bytes(*id.value()))
-        };
+        let id = self.get(&OBJECTS, &(account, object), |id| Ok(HoldId::from_bytes(*id)))?;
         id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
 
@@ -353,17 +367,14 @@ impl<'t> Tx<'t> {
             return Ok(());
         }
         let (kind, id, day, lane) = row::counter_key(&key.0, key.1, key.2);
-        let table = self.txn.open_table(COUNTERS)?;
-        if let Some(bytes) = table.get((kind, &id, day, lane))? {
-            counters.0.insert(key, row::decode(bytes.value())?);
+        if let Some(counter) = self.get(&COUNTERS, &(kind, &id, day, lane), row::decode)? {
+            counters.0.insert(key, counter);
         }
         Ok(())
     }
 
-    pub(super) fn put_due(&mut self, at: UnixMs, kind: u8, id: &[u8; 16]) -> Result<(), LedgerError> {
-        self.wrote = true;
-        self.txn.open_table(DUE)?.insert((at.millis(), kind, id), ())?;
-        Ok(())
+    pub(super) fn put_due(&mut self, at: UnixMs, kind: u8, id: &[u8; 16]) {
+        self.put(&DUE, &(at.millis(), kind, id), &());
     }
 
     // --- verbs
@@ -497,55 +508,48 @@ impl<'t> Tx<'t> {
     }
 
     fn store(&mut self, counters: &Counters, effects: &Effects, now: UnixMs) -> Result<(), LedgerError> {
-        self.wrote = true;
         for ((subject, day, lane), counter) in &counters.0 {
             let (kind, id, day, lane) = row::counter_key(subject, *day, *lane);
-            let value = row::encode(counter);
-            self.txn.open_table(COUNTERS)?.insert((kind, &id, day, lane), value.as_slice())?;
+            self.put(&COUNTERS, &(kind, &id, day, lane), &row::encode(counter).as_slice());
         }
         for call in &effects.calls {
             self.put_call(call)?;
         }
         if let Some((was, is)) = &effects.hold {
-            self.put_hold(was.as_ref(), is, now)?;
+            self.put_hold(was.as_ref(), is, now);
             for object in &effects.objects {
                 // An object belongs to the hold that counts it, for as long as that does.
                 let known = self.hold_of_object(&is.account, object)?;
                 if known.is_some_and(|known| known.id != is.id && known.state.is_live()) {
                     continue;
                 }
-                let place = (is.account.as_str(), object.as_str());
-                self.txn.open_table(OBJECTS)?.insert(place, is.id.as_bytes())?;
+                self.put(&OBJECTS, &(is.account.as_str(), object.as_str()), &is.id.as_bytes());
             }
         }
         if let Some((call, answer)) = &effects.answer {
-            self.txn.open_table(ANSWERS)?.insert(call.as_bytes(), row::encode(answer).as_slice())?;
+            self.put(&ANSWERS, &call.as_bytes(), &row::encode(answer).as_slice());
         }
         for call in &effects.drop_answers {
-            self.remove_answer(*call)?;
+            self.remove_answer(*call);
         }
         if let Some(key) = &effects.key {
-            self.put_key(key)?;
+            self.put_key(key);
         }
         if let Some((at, call)) = &effects.look_at_call {
-            self.put_due(*at, DUE_CALL, call.as_bytes())?;
+            self.put_due(*at, DUE_CALL, call.as_bytes());
         }
         effects.audit.iter().try_for_each(|entry| self.append(entry))
     }
 
-    fn put_hold(&mut self, was: Option<&Hold>, is: &Hold, now: UnixMs) -> Result<(), LedgerError> {
+    fn put_hold(&mut self, was: Option<&Hold>, is: &Hold, now: UnixMs) {
         let phase = |hold: &Hold| if hold.state.is_live() { PHASE_LIVE } else { PHASE_ENDED };
-        {
-            let mut table = self.txn.open_table(HOLDS)?;
-            if let Some(was) = was.filter(|was| phase(was) != phase(is)) {
-                table.remove((phase(was), was.id.as_bytes()))?;
-            }
-            table.insert((phase(is), is.id.as_bytes()), row::encode(is).as_slice())?;
+        if let Some(was) = was.filter(|was| phase(was) != phase(is)) {
+            self.remove(&HOLDS, &(phase(was), was.id.as_bytes()));
         }
+        self.put(&HOLDS, &(phase(is), is.id.as_bytes()), &row::encode(is).as_slice());
         if !is.state.is_live() {
-            self.put_due(now.plus_millis(EXECUTED_KNOWN_MS), DUE_HOLD, is.id.as_bytes())?;
+            self.put_due(now.plus_millis(EXECUTED_KNOWN_MS), DUE_HOLD, is.id.as_bytes());
         }
-        Ok(())
     }
 
     // --- records
@@ -580,8 +584,7 @@ impl<'t> Tx<'t> {
             let told = self.refusals(key.id, "", minute)?.map_or(0, |row| row.count);
             if told < REFUSALS_TOLD_MAX {
                 let row = RefusalRow { count: told.saturating_add(1), entry: String::new() };
-                let place = (key.id.as_bytes(), "", minute);
-                self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
+                self.put(&REFUSALS, &(key.id.as_bytes(), "", minute), &row::encode(&row).as_slice());
             } else {
                 OTHERS.clone_into(&mut equal);
                 // Of all that they were about, only what they have in common is told.
@@ -592,7 +595,6 @@ impl<'t> Tx<'t> {
                 before = self.refusals(key.id, &equal, minute)?;
             }
         }
-        let place = (key.id.as_bytes(), equal.as_str(), minute);
         let row = match before {
             None => {
                 self.append(&entry)?;
@@ -603,19 +605,18 @@ impl<'t> Tx<'t> {
                 entry: serde_json::to_string(&entry).unwrap_or_default(),
             },
         };
-        self.wrote = true;
-        self.txn.open_table(REFUSALS)?.insert(place, row::encode(&row).as_slice())?;
+        self.put(&REFUSALS, &(key.id.as_bytes(), &equal, minute), &row::encode(&row).as_slice());
         Ok(())
     }
 
     fn refusals(&self, key: KeyId, equal: &str, minute: u64) -> Result<Option<RefusalRow>, LedgerError> {
-        let table = self.txn.open_table(REFUSALS)?;
-        let found = table.get((key.as_bytes(), equal, minute))?;
-        found.map(|bytes| row::decode(bytes.value())).transpose()
+        self.get(&REFUSALS, &(key.as_bytes(), equal, minute), row::decode)
     }
 
     pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
-        let (at, seq) = (self.head.place.saturating_add(1), self.head.seq.saturating_add(1));
+        let (Some(at), Some(seq)) = (self.head.place.checked_add(1), self.head.seq.checked_add(1)) else {
+            return Err(LedgerError::Unavailable("the audit log has no more numbers".to_owned()));
+        };
         let place = Place {
             seq,
             ledger_id: &self.ledger_id,
@@ -624,8 +625,7 @@ impl<'t> Tx<'t> {
             prev_hash: self.head.hash,
         };
         let sealed = audit::seal(&place, entry);
-        self.wrote = true;
-        journal::append(self.txn, at, &sealed)?;
+        self.put(&AUDIT, &at, &[sealed.hash.as_slice(), &sealed.bytes].concat().as_slice());
         let time = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
         self.head = Head { place: at, seq, hash: sealed.hash, at: time };
         Ok(())
@@ -634,21 +634,22 @@ impl<'t> Tx<'t> {
 
 /// The format of the file; `None` when it is new.
 pub(super) fn stored_format(txn: &WriteTransaction) -> Result<Option<u32>, LedgerError> {
-    let table = txn.open_table(META)?;
+    let table = txn.open_table(META.definition)?;
     let found = table.get(meta::FORMAT)?;
     found.map(|bytes| row::decode(bytes.value())).transpose()
 }
 
-fn stored_head(txn: &WriteTransaction) -> Result<Head, LedgerError> {
-    let audit = txn.open_table(AUDIT)?;
-    let Some((place, stored)) = audit.last()? else {
-        return Ok(Head { place: 0, seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() });
-    };
-    let (hash, bytes) = split_sealed(stored.value())?;
-    let record: Map<String, Value> =
-        serde_json::from_slice(bytes).map_err(|_| LedgerError::Corrupt("record"))?;
-    let seq = record.get("seq").and_then(Value::as_u64).ok_or(LedgerError::Corrupt("record"))?;
-    Ok(Head { place: place.value(), seq, hash, at: time_of(bytes)? })
+fn stored_head(view: &View) -> Result<Head, LedgerError> {
+    let all = (Bound::Unbounded, Bound::Unbounded);
+    let mut rows = view.range(&AUDIT, all, Order::Descending, None, |place, stored| {
+        let (hash, bytes) = split_sealed(stored)?;
+        let record: Map<String, Value> =
+            serde_json::from_slice(bytes).map_err(|_| LedgerError::Corrupt("record"))?;
+        let seq = record.get("seq").and_then(Value::as_u64).ok_or(LedgerError::Corrupt("record"))?;
+        Ok(Head { place, seq, hash, at: time_of(bytes)? })
+    })?;
+    let none = Head { place: 0, seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() };
+    Ok(rows.next().transpose()?.unwrap_or(none))
 }
 
 /// What a refused request was about. Two that are about the same thing under one key are one in the log.

@@ -2,20 +2,22 @@
 //! follows the log, old records are deleted.
 
 use std::collections::HashSet;
+use std::ops::Bound;
 
 use minicbor::bytes::ByteArray;
-use redb::ReadableTable;
+use redb::{ReadableTable, WriteTransaction};
 
 use crate::audit::Entry;
 use crate::id::{CallId, HoldId, KeyId};
-use crate::journal::{self, AUDIT, split_sealed};
+use crate::journal::{self, split_sealed};
+use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::tx::{MINUTE_MS, Tx, time_of};
 use crate::ledger::row::{
-    self, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS, KEY_KIND_VAULT,
-    KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, meta,
+    self, AUDIT, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS,
+    KEY_KIND_VAULT, KEYS, META, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, all, meta,
 };
 use crate::ledger::rules::resolve::{self, Prune};
-use crate::ledger::{LedgerError, Ticked};
+use crate::ledger::{LedgerError, Opening, Ticked};
 use crate::time::{DAY_MS, UnixMs};
 
 /// Rows that one step of one kind of upkeep touches at most, so that it never stalls a request for long.
@@ -24,35 +26,28 @@ const STEP_ROWS_MAX: usize = 1_000;
 const INDEX_ROWS_MAX: usize = 500;
 
 impl Tx<'_> {
-    pub(super) fn tick(&mut self, now: UnixMs) -> Result<Ticked, LedgerError> {
+    pub(super) fn tick(&mut self, now: UnixMs) -> Result<(), LedgerError> {
         self.keep_mark(now)?;
         self.record_counted_refusals(now)?;
-        self.look_at_due(now)?;
-        let (behind, old) = (self.index_log()?, self.drop_old_records(now)?);
-        Ok(if behind || old { Ticked::GoOn } else { Ticked::Done })
+        self.look_at_due(now)
     }
 
     /// Time that passes without a record must not be lost when the clock is set back over a restart.
     fn keep_mark(&mut self, now: UnixMs) -> Result<(), LedgerError> {
         if now.millis_since(self.mark()?) >= MINUTE_MS {
-            self.put_meta(meta::CLOCK_MARK, &now)?;
+            self.put_meta(meta::CLOCK_MARK, &now);
         }
         Ok(())
     }
 
     fn record_counted_refusals(&mut self, now: UnixMs) -> Result<(), LedgerError> {
         let this_minute = now.millis() / MINUTE_MS;
-        let mut over = Vec::new();
-        for found in self.txn().open_table(REFUSALS)?.iter()? {
-            let (place, value) = found?;
-            let (id, code, minute) = place.value();
-            if minute < this_minute {
-                over.push((*id, code.to_owned(), minute, row::decode::<RefusalRow>(value.value())?));
-            }
-            if over.len() == STEP_ROWS_MAX {
-                break;
-            }
-        }
+        let rows = self.range(&REFUSALS, all(), |(id, code, minute), row| {
+            Ok((*id, code.to_owned(), minute, row::decode::<RefusalRow>(row)?))
+        })?;
+        let is_over =
+            |row: &Result<_, _>| row.as_ref().map_or(true, |(_, _, minute, _)| *minute < this_minute);
+        let over: Vec<_> = rows.filter(is_over).take(STEP_ROWS_MAX).collect::<Result<_, LedgerError>>()?;
         for (id, code, minute, refusals) in over {
             // That of how many are told apart has none.
             if refusals.count > 0 && !refusals.entry.is_empty() {
@@ -60,26 +55,18 @@ impl Tx<'_> {
                     serde_json::from_str(&refusals.entry).map_err(|_| LedgerError::Corrupt("refusal"))?;
                 self.append(&Entry { at: now.to_string(), count: Some(refusals.count), ..entry })?;
             }
-            self.wrote_rows();
-            self.txn().open_table(REFUSALS)?.remove((&id, code.as_str(), minute))?;
+            self.remove(&REFUSALS, &(&id, &code, minute));
         }
         Ok(())
     }
 
     fn look_at_due(&mut self, now: UnixMs) -> Result<(), LedgerError> {
-        let mut due = Vec::new();
-        let until = (now.millis().saturating_add(1), 0, &[0; 16]);
-        for found in self.txn().open_table(DUE)?.range((0, 0, &[0; 16])..until)?.take(STEP_ROWS_MAX) {
-            let (at, kind, id) = found.map(|(place, _)| {
-                let (at, kind, id) = place.value();
-                (at, kind, *id)
-            })?;
-            due.push((at, kind, id));
-        }
+        let until = (Bound::Unbounded, Bound::Excluded((now.millis().saturating_add(1), 0, &[0; 16])));
+        let rows = self.range(&DUE, until, |(at, kind, id), ()| Ok((at, kind, *id)))?;
+        let due: Vec<_> = rows.take(STEP_ROWS_MAX).collect::<Result<_, _>>()?;
         let mut in_use = None;
         for (at, kind, id) in due {
-            self.wrote_rows();
-            self.txn().open_table(DUE)?.remove((at, kind, &id))?;
+            self.remove(&DUE, &(at, kind, &id));
             match kind {
                 DUE_CALL => self.look_at_call(CallId::from_bytes(id), now)?,
                 DUE_KEY => {
@@ -103,25 +90,32 @@ impl Tx<'_> {
         match resolve::prune(&call, self.has_answer(id)?, live, now) {
             Prune::All => self.remove_call(&call),
             Prune::Answer(again) => {
-                self.remove_answer(id)?;
+                self.remove_answer(id);
                 self.put_call(&resolve::stripped(&call))?;
-                self.put_due(again, DUE_CALL, id.as_bytes())
+                self.put_due(again, DUE_CALL, id.as_bytes());
             }
             Prune::Later(again) => self.put_due(again, DUE_CALL, id.as_bytes()),
         }
+        Ok(())
     }
 
     /// A dead key goes when no live hold counts on it any more.
     fn look_at_key(&mut self, id: KeyId, in_use: &HashSet<KeyId>, now: UnixMs) -> Result<(), LedgerError> {
         let Some(key) = self.key(id)? else { return Ok(()) };
         if in_use.contains(&id) {
-            return self.put_due(now.plus_millis(DAY_MS), DUE_KEY, id.as_bytes());
+            self.put_due(now.plus_millis(DAY_MS), DUE_KEY, id.as_bytes());
+            return Ok(());
         }
-        self.txn().open_table(KEYS)?.remove(id.as_bytes())?;
-        self.txn().open_table(KEY_DIGESTS)?.remove(&key.digest)?;
-        let counters =
-            (KEY_KIND_VAULT, id.as_bytes(), 0, 0)..=(KEY_KIND_VAULT, id.as_bytes(), u32::MAX, u8::MAX);
-        self.txn().open_table(COUNTERS)?.retain_in(counters, |_, _| false)?;
+        self.remove(&KEYS, &id.as_bytes());
+        self.remove(&KEY_DIGESTS, &&key.digest);
+        let ours = (
+            Bound::Included((KEY_KIND_VAULT, id.as_bytes(), 0, 0)),
+            Bound::Included((KEY_KIND_VAULT, id.as_bytes(), u32::MAX, u8::MAX)),
+        );
+        let counters = self.range(&COUNTERS, ours, |(kind, id, day, lane), _| Ok((kind, *id, day, lane)))?;
+        for (kind, id, day, lane) in counters.collect::<Result<Vec<_>, _>>()? {
+            self.remove(&COUNTERS, &(kind, &id, day, lane));
+        }
         Ok(())
     }
 
@@ -138,52 +132,59 @@ impl Tx<'_> {
     fn look_at_hold(&mut self, id: HoldId, now: UnixMs) -> Result<(), LedgerError> {
         let Some(hold) = self.hold(id)? else { return Ok(()) };
         if hold.state.is_live() {
-            return self.put_due(now.plus_millis(DAY_MS), DUE_HOLD, id.as_bytes());
+            self.put_due(now.plus_millis(DAY_MS), DUE_HOLD, id.as_bytes());
+            return Ok(());
         }
-        self.txn().open_table(HOLDS)?.remove((PHASE_ENDED, id.as_bytes()))?;
-        let mut objects = self.txn().open_table(OBJECTS)?;
+        self.remove(&HOLDS, &(PHASE_ENDED, id.as_bytes()));
         for object in hold.object_id.iter().chain(&hold.aliases) {
             let place = (hold.account.as_str(), object.as_str());
             // The object may belong to a newer hold by now.
-            let ours = objects.get(place)?.is_some_and(|found| found.value() == id.as_bytes());
-            if ours {
-                objects.remove(place)?;
+            if self.get(&OBJECTS, &place, |found| Ok(found == id.as_bytes()))? == Some(true) {
+                self.remove(&OBJECTS, &place);
             }
         }
         Ok(())
     }
+}
 
-    /// The index follows the log, so that a money commit has one table to touch.
-    fn index_log(&mut self) -> Result<bool, LedgerError> {
-        let indexed = journal::index_step(self.txn(), INDEX_ROWS_MAX)?;
-        if indexed.rows > 0 {
-            self.wrote_rows();
-        }
-        Ok(indexed.more)
+impl RedbStore {
+    /// Takes everything into the tree, lets the index of the audit log follow, and deletes old records.
+    pub(in crate::ledger) fn keep_up(&self, opening: &Opening) -> Result<Ticked, LedgerError> {
+        let now = self.now();
+        self.settle_with(None, |txn| {
+            let behind = journal::index_step(txn, INDEX_ROWS_MAX)?.more;
+            let old = drop_old_records(txn, opening, now)?;
+            Ok(if behind || old { Ticked::GoOn } else { Ticked::Done })
+        })
     }
+}
 
-    fn drop_old_records(&mut self, now: UnixMs) -> Result<bool, LedgerError> {
-        let keep_ms = u64::from(self.opening().audit_days).saturating_mul(DAY_MS);
-        let shipped: u64 = self.meta(meta::SHIPPED_TO)?.unwrap_or(0);
-        let mut floor = None;
-        let mut rows = 0;
-        for found in self.txn().open_table(AUDIT)?.iter()?.take(INDEX_ROWS_MAX) {
-            let (seq, stored) = found?;
-            let (hash, bytes) = split_sealed(stored.value())?;
-            let kept = now.millis_since(time_of(bytes)?) <= keep_ms;
-            let waits = self.opening().ships && seq.value() > shipped;
-            // The last record stays: the next one continues it.
-            if kept || waits || seq.value() >= self.head().place {
-                break;
-            }
-            floor =
-                Some(AuditFloorRow { seq: seq.value().saturating_add(1), prev_hash: ByteArray::from(hash) });
-            rows += 1;
+/// Answers whether there may be more of them.
+fn drop_old_records(txn: &WriteTransaction, opening: &Opening, now: UnixMs) -> Result<bool, LedgerError> {
+    let keep_ms = u64::from(opening.audit_days).saturating_mul(DAY_MS);
+    let shipped: Option<u64> = {
+        let table = txn.open_table(META.definition)?;
+        table.get(meta::SHIPPED_TO)?.map(|to| row::decode(to.value())).transpose()?
+    };
+    let last = journal::last_place_in(txn)?;
+    let mut floor = None;
+    let mut rows = 0;
+    for found in txn.open_table(AUDIT.definition)?.iter()?.take(INDEX_ROWS_MAX) {
+        let (place, stored) = found?;
+        let (hash, bytes) = split_sealed(stored.value())?;
+        let kept = now.millis_since(time_of(bytes)?) <= keep_ms;
+        let waits = opening.ships && place.value() > shipped.unwrap_or(0);
+        // The last record stays: the next one continues it.
+        if kept || waits || place.value() >= last {
+            break;
         }
-        let Some(floor) = floor else { return Ok(false) };
-        // First what can fail without having written: the floor belongs to what was dropped.
-        journal::drop_below(self.txn(), floor.seq, rows)?;
-        self.put_meta(meta::AUDIT_FLOOR, &floor)?;
-        Ok(rows == INDEX_ROWS_MAX)
+        floor =
+            Some(AuditFloorRow { seq: place.value().saturating_add(1), prev_hash: ByteArray::from(hash) });
+        rows += 1;
     }
+    let Some(floor) = floor else { return Ok(false) };
+    // First what can fail without having written: the floor belongs to what was dropped.
+    journal::drop_below(txn, floor.seq, rows)?;
+    txn.open_table(META.definition)?.insert(meta::AUDIT_FLOOR, row::encode(&floor).as_slice())?;
+    Ok(rows == INDEX_ROWS_MAX)
 }

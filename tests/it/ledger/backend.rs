@@ -1,25 +1,67 @@
-//! Storage in memory for redb: a file that outlives its handle, and one that remembers every write.
+//! Storage in memory for a ledger, its tree and its write-ahead log: files that outlive their handles, and remember every
+//! write.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use keybrake::ledger::{Ledger, LedgerError, Opening};
 use redb::StorageBackend;
 
 /// How long an opening waits for the handle before to be gone.
 const CLOSE_WAIT: Duration = Duration::from_secs(10);
 
-/// What happened to a file, in order.
+/// A log so short that a few calls fill it: its head, and two halves.
+const WAL_BYTES: usize = 4_096 + 2 * 16_384;
+
+/// One of the two files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Tree,
+    Wal,
+}
+
+/// What is in both.
+#[derive(Clone, Debug)]
+pub(super) struct Image {
+    pub(super) tree: Vec<u8>,
+    pub(super) wal: Vec<u8>,
+}
+
+impl Default for Image {
+    fn default() -> Self {
+        Self { tree: Vec::new(), wal: vec![0; WAL_BYTES] }
+    }
+}
+
+impl Image {
+    pub(super) fn part(&mut self, part: Part) -> &mut Vec<u8> {
+        match part {
+            Part::Tree => &mut self.tree,
+            Part::Wal => &mut self.wal,
+        }
+    }
+}
+
+/// What happened to the files, in order.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
-    Write { offset: usize, data: Vec<u8> },
-    SetLen(usize),
-    Sync,
+    Write { part: Part, offset: usize, data: Vec<u8> },
+    SetLen(Part, usize),
+    Sync(Part),
+}
+
+impl Op {
+    pub(super) fn part(&self) -> Part {
+        match self {
+            Self::Write { part, .. } | Self::SetLen(part, _) | Self::Sync(part) => *part,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    bytes: Vec<u8>,
+    image: Image,
     is_open: bool,
     log: Option<Vec<Op>>,
     fails_after: Option<u64>,
@@ -29,20 +71,26 @@ struct State {
     hangs: bool,
 }
 
-/// A file in memory. Clones are the same file.
+/// The files of a ledger in memory. Clones are the same files.
 #[derive(Clone, Debug, Default)]
 pub(super) struct File(Arc<(Mutex<State>, Condvar)>);
 
-/// One opening of a file.
+/// One opening of one of them.
 #[derive(Debug)]
-pub(super) struct Handle(File);
+pub(super) struct Handle(File, Part);
 
 impl File {
-    /// A file with these bytes.
-    pub(super) fn of(bytes: Vec<u8>) -> Self {
+    /// Files with this in them.
+    pub(super) fn of(image: Image) -> Self {
         let file = Self::default();
-        file.with(|state| state.bytes = bytes);
+        file.with(|state| state.image = image);
         file
+    }
+
+    /// Opens the ledger in them.
+    pub(super) fn ledger(&self, opening: Opening) -> Result<Ledger, LedgerError> {
+        let (tree, wal) = self.open();
+        Ledger::open_backend(tree, wal, opening)
     }
 
     /// A file that remembers what happens to it.
@@ -52,9 +100,9 @@ impl File {
         file
     }
 
-    /// What is in it.
-    pub(super) fn bytes(&self) -> Vec<u8> {
-        self.with(|state| state.bytes.clone())
+    /// What is in them.
+    pub(super) fn image(&self) -> Image {
+        self.with(|state| state.image.clone())
     }
 
     /// Everything that happened so far.
@@ -90,11 +138,11 @@ impl File {
 
     /// How often the disk was asked to keep what it has.
     pub(super) fn syncs(&self) -> usize {
-        self.log().iter().filter(|op| matches!(op, Op::Sync)).count()
+        self.log().iter().filter(|op| matches!(op, Op::Sync(_))).count()
     }
 
-    /// Opens it, once the handle before is gone.
-    pub(super) fn open(&self) -> Handle {
+    /// Opens both, once the handle before is gone.
+    fn open(&self) -> (Handle, Handle) {
         let (lock, closed) = &*self.0;
         let state = lock.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = closed.wait_timeout_while(state, CLOSE_WAIT, |state| state.is_open);
@@ -102,7 +150,7 @@ impl File {
         assert!(!waited.timed_out(), "the handle before was not closed");
         state.is_open = true;
         drop(state);
-        Handle(self.clone())
+        (Handle(self.clone(), Part::Tree), Handle(self.clone(), Part::Wal))
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
@@ -136,12 +184,12 @@ fn at(offset: u64) -> usize {
 
 impl StorageBackend for Handle {
     fn len(&self) -> io::Result<u64> {
-        self.0.with(|state| Ok(state.bytes.len() as u64))
+        self.0.with(|state| Ok(state.image.part(self.1).len() as u64))
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         self.0.with(|state| {
-            let found = state.bytes.get(at(offset)..at(offset) + out.len());
+            let found = state.image.part(self.1).get(at(offset)..at(offset) + out.len());
             out.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
             Ok(())
         })
@@ -150,8 +198,8 @@ impl StorageBackend for Handle {
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.0.with(|state| {
             state.may_write()?;
-            state.bytes.resize(at(len), 0);
-            state.did(Op::SetLen(at(len)));
+            state.image.part(self.1).resize(at(len), 0);
+            state.did(Op::SetLen(self.1, at(len)));
             Ok(())
         })
     }
@@ -162,7 +210,7 @@ impl StorageBackend for Handle {
         drop(changed.wait_while(state, |state| state.hangs).unwrap_or_else(PoisonError::into_inner));
         self.0.with(|state| {
             state.may_write()?;
-            state.did(Op::Sync);
+            state.did(Op::Sync(self.1));
             Ok(())
         })
     }
@@ -170,15 +218,18 @@ impl StorageBackend for Handle {
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.0.with(|state| {
             state.may_write()?;
-            put(&mut state.bytes, at(offset), data);
-            state.did(Op::Write { offset: at(offset), data: data.to_vec() });
+            put(state.image.part(self.1), at(offset), data);
+            state.did(Op::Write { part: self.1, offset: at(offset), data: data.to_vec() });
             Ok(())
         })
     }
 
     fn close(&self) -> io::Result<()> {
-        self.0.with(|state| state.is_open = false);
-        self.0.0.1.notify_all();
+        // The tree closes last.
+        if self.1 == Part::Tree {
+            self.0.with(|state| state.is_open = false);
+            self.0.0.1.notify_all();
+        }
         Ok(())
     }
 }

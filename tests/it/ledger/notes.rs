@@ -6,8 +6,8 @@ use std::time::Duration;
 use keybrake::audit::{Entry, Event};
 use keybrake::hold::Facts;
 use keybrake::id::KeyId;
+use keybrake::ledger::LedgerError;
 use keybrake::ledger::notes::{NOTES_WAIT_MS, NOTES_WAITING_MAX, Note};
-use keybrake::ledger::{Ledger, LedgerError};
 use keybrake::refusal::{Code, Refusal};
 use tokio::time::{Instant, timeout};
 
@@ -20,7 +20,7 @@ const AT_ONCE: Duration = Duration::from_millis(300);
 
 fn world_of(file: &File) -> World {
     let file = file.clone();
-    World::new(Arc::new(move |opening| Ledger::open_backend(file.open(), opening)))
+    World::new(Arc::new(move |opening| file.ledger(opening)))
 }
 
 fn read(n: usize) -> Note {
@@ -129,10 +129,10 @@ async fn a_power_cut_takes_the_last_reads_and_nothing_else() {
     }
     // A commit that is under way would not be whole yet.
     file.hang(true);
-    let image = File::of(file.bytes());
+    let image = File::of(file.image());
     file.hang(false);
     world.ledger().flush().await.unwrap();
-    let after_cut = world.beside(Arc::new(move |opening| Ledger::open_backend(image.open(), opening)));
+    let after_cut = world.beside(Arc::new(move |opening| image.ledger(opening)));
     after_cut.check();
     let kept = reads(&after_cut);
     assert!((300..=600).contains(&kept.len()), "those before the money came with it: {}", kept.len());

@@ -12,7 +12,7 @@ use keybrake::time::DAY_MS;
 use redb::{Database, TableDefinition};
 use serde_json::{Value, json};
 
-use crate::ledger::backend::File;
+use crate::ledger::backend::{File, Image};
 use crate::ledger::suite::conformance;
 use crate::ledger::world::{Ask, Place, START, World, admin, usd};
 
@@ -22,7 +22,7 @@ fn in_memory() -> Place {
 }
 
 fn of_file(file: File) -> Place {
-    Arc::new(move |opening| Ledger::open_backend(file.open(), opening))
+    Arc::new(move |opening| file.ledger(opening))
 }
 
 /// A ledger in a file of this name. The handle before may take a moment to close.
@@ -67,7 +67,7 @@ async fn a_ledger_that_was_cut_short_while_it_was_made_is_made_again() {
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
     let files = std::fs::read_dir(dir.path()).unwrap().count();
-    assert_eq!(files, 2, "nothing is left of the making");
+    assert_eq!(files, 3, "of the making nothing is left beside the ledger and its log");
 }
 
 #[tokio::test]
@@ -84,13 +84,13 @@ async fn a_newer_format_is_refused() {
         }
     };
     let txn = db.begin_write().unwrap();
-    txn.open_table(meta).unwrap().insert("format", [1, 2].as_slice()).unwrap();
+    txn.open_table(meta).unwrap().insert("format", [1, 3].as_slice()).unwrap();
     // Nothing else of a newer file needs to be readable.
     txn.open_table(audit).unwrap().insert(2, [0_u8; 40].as_slice()).unwrap();
     txn.commit().unwrap();
     drop(db);
     let refused = Ledger::open(&path, World::new(in_memory()).opening());
-    assert!(matches!(refused, Err(LedgerError::NewerFormat { found: 2, known: 1 })), "{refused:?}");
+    assert!(matches!(refused, Err(LedgerError::NewerFormat { found: 3, known: 2 })), "{refused:?}");
 }
 
 #[tokio::test]
@@ -147,9 +147,82 @@ async fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_that_was_told() {
         assert_eq!(held.first_send(), !in_doubt, "{writes}");
         world.check();
         if told.is_ok() {
+            assert!(writes > 1, "only {writes} places to fail at");
+            return;
+        }
+    }
+}
+
+/// The disk fails at each write and each sync while the log is taken into the tree: all of it is there after the next start.
+#[tokio::test]
+async fn a_disk_that_fails_while_the_log_is_taken_in_loses_nothing() {
+    for writes in 0.. {
+        let file = File::default();
+        let mut world = World::new(of_file(file.clone()));
+        let key = world.key("k", |_| ()).await;
+        world.charged(key, "a", 100).await;
+        world.charged(key, "b", 200).await;
+        file.fail_after(writes);
+        let ticked = world.ledger().tick().await;
+        assert_eq!(ticked.is_err(), world.ledger().failure().is_some(), "{writes}");
+        assert_eq!(world.total(key, Lane::In).spent, usd("3.00"), "{writes}: what is durable is seen");
+        file.mend();
+        world.restart();
+        assert_eq!(world.total(key, Lane::In).spent, usd("3.00"), "{writes}");
+        let again = world.admit(key, &Ask::charge("b", 200)).await.unwrap();
+        assert!(matches!(again, Admitted::Replay { .. }), "{writes}: {again:?}");
+        world.check();
+        if ticked.is_ok() {
             assert!(writes > 3, "only {writes} places to fail at");
             return;
         }
+    }
+}
+
+/// More than a half of the log holds at once, and a batch that no half could hold.
+#[tokio::test]
+async fn what_has_no_room_in_the_log_is_durable_too() {
+    let file = File::default();
+    let mut world = World::new(of_file(file.clone()));
+    let big = "x".repeat(40_000);
+    for n in 0..20 {
+        let customer = Some(if n % 3 == 0 { big.clone() } else { "x".repeat(n * 400) });
+        world.record(Entry { event: Event::Forwarded, customer, ..Entry::default() }).await;
+    }
+    let log = world.log();
+    assert_eq!(log.len(), 21);
+    let image = world.beside(of_file(File::of(file.image())));
+    assert_eq!(image.log(), log, "as a crash would leave it");
+    world.restart();
+    assert_eq!(world.log(), log);
+    world.check();
+}
+
+/// A file whose last calls are in a log that is gone, or another's, must not be opened without them. A file that was closed
+/// needs none.
+#[tokio::test]
+async fn a_ledger_is_not_opened_without_its_log() {
+    let file = File::default();
+    let world = World::new(of_file(file.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let image = file.image();
+    let other = File::default();
+    drop(world.beside(of_file(other.clone())));
+    let opened = |wal: Vec<u8>| File::of(Image { tree: image.tree.clone(), wal }).ledger(world.opening());
+    for wal in [vec![], vec![0; image.wal.len()], other.image().wal] {
+        let refused = opened(wal);
+        assert!(matches!(refused, Err(LedgerError::Corrupt(_))), "{refused:?}");
+    }
+    drop(opened(image.wal.clone()).unwrap());
+    world.ledger().close().await.unwrap();
+    let after = world.admit(key, &Ask::charge("b", 100)).await;
+    assert!(matches!(after, Err(LedgerError::Unavailable(_))), "{after:?}");
+    for wal in [vec![], image.wal] {
+        let closed = world.beside(of_file(File::of(Image { tree: file.image().tree, wal })));
+        assert_eq!(closed.total(key, Lane::In).spent, usd("1.00"));
+        closed.charged(key, "b", 100).await;
+        closed.check();
     }
 }
 
@@ -164,7 +237,7 @@ async fn a_writer_that_panics_latches() {
     let failed = world.admit(key, &Ask::charge("b", 200)).await;
     let after = world.admit(key, &Ask::charge("c", 100)).await;
     let failure = world.ledger().failure();
-    let next = world.beside(of_file(File::of(file.bytes())));
+    let next = world.beside(of_file(File::of(file.image())));
     // The store panics once more when it is dropped.
     std::mem::forget(world);
     assert!(matches!(failed, Err(LedgerError::Unavailable(_))), "{failed:?}");

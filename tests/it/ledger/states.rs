@@ -10,7 +10,7 @@ use keybrake::hold::Facts;
 use keybrake::id::{CallId, KeyId};
 use keybrake::key::Idempotency;
 use keybrake::ledger::rules::resolve::{EndDoubt, Known};
-use keybrake::ledger::{Admitted, Ending, Held, Ledger};
+use keybrake::ledger::{Admitted, Ending, Held};
 use keybrake::time::{DAY_MS, HOUR_MS};
 use serde_json::Map;
 
@@ -117,7 +117,7 @@ fn ask(minor: u64) -> Ask {
 impl Cell {
     async fn new(state: State, by_content: bool) -> Self {
         let file = File::default();
-        let world = World::new(Arc::new(move |opening| Ledger::open_backend(file.open(), opening)));
+        let world = World::new(Arc::new(move |opening| file.ledger(opening)));
         let key = world.key("k", |key| {
             if by_content {
                 key.idempotency = Idempotency::Content { scope: "billing:1".to_owned(), fields: Vec::new() };

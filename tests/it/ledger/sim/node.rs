@@ -6,7 +6,7 @@ use std::sync::Arc;
 use keybrake::hold::{Hold, HoldState, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
 use keybrake::key::{Idempotency, Status};
-use keybrake::ledger::{Held, Ledger};
+use keybrake::ledger::Held;
 use keybrake::money::{MicroUsd, Rate};
 use keybrake::time::{DAY_MS, Day, UnixMs};
 
@@ -69,7 +69,7 @@ pub(super) struct Node {
 /// A place on a disk of its own.
 fn new_place() -> Place {
     let file = File::default();
-    Arc::new(move |opening| Ledger::open_backend(file.open(), opening))
+    Arc::new(move |opening| file.ledger(opening))
 }
 
 impl Node {
