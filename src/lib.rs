@@ -11,6 +11,7 @@
 //!
 //! 1. [`server`] accepted the connection and hyper read the head; [`serve`] finds that the path belongs to the proxy.
 //! 2. [`proxy`] gives the request an id and runs the rest as a task of its own: a caller that hangs up does not stop it.
+//!    `proxy/course.rs` counts what it waits for on its way.
 //! 3. `proxy/read.rs` checks the framing and takes the credential; its digest finds the [`key`] on a snapshot of the
 //!    [`ledger`]. Then the body is read, bounded, and the whole request is read in exactly one way
 //!    (`vendor/stripe/form.rs`, `catalogue.rs`) or refused.

@@ -4,6 +4,7 @@
 //! the contract. The work behind a caller does not stop when the caller hangs up: it runs in a task of its own.
 
 pub mod context;
+pub mod course;
 pub mod flights;
 pub mod look;
 pub mod money;
@@ -34,14 +35,15 @@ use crate::ledger::notes::Note;
 use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch, too_soon};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::money::Currency;
+use crate::proxy::course::Course;
 use crate::proxy::flights::Flights;
 use crate::proxy::rate::Buckets;
-use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of};
+use crate::proxy::reply::{REPLAYED, REQUEST_ID, Reply, SERVER_TIMING, SHOULD_RETRY, request_id_of};
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::secret::{KeyKind, KeySecret, looks_like_stripe_key};
-use crate::server::{ReplyBody, drain_body};
-use crate::telemetry::Metrics;
+use crate::server::ReplyBody;
+use crate::telemetry::{Metrics, Stage};
 use crate::upstream::{Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer};
 use crate::vendor::stripe::catalogue::Class;
@@ -83,21 +85,6 @@ pub struct Proxy {
     fx: Arc<Book>,
     buckets: Buckets,
     room: Arc<Semaphore>,
-}
-
-/// One request on its way.
-#[derive(Debug)]
-pub struct Course {
-    request_id: String,
-    accepted: Instant,
-    deadline: Instant,
-    upstream: Duration,
-}
-
-impl Course {
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.accepted.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
 }
 
 /// Why a request ends without an answer of Stripe's.
@@ -189,30 +176,17 @@ impl Proxy {
     }
 
     async fn answer(&self, request: Request<Incoming>, path: &str) -> Reply {
-        let accepted = Instant::now();
-        let mut course = Course {
-            request_id: self.new_request_id(),
-            accepted,
-            deadline: accepted + self.config.upstream_timeout,
-            upstream: Duration::ZERO,
-        };
+        let mut course = Course::begin(self.new_request_id(), self.config.upstream_timeout);
         let (head, body) = request.into_parts();
         let mut reply = match self.authenticate(&head) {
             Err(refusal) => {
-                drain_body(body, read::DRAIN_BYTES_MAX, Duration::from_millis(read::DRAIN_MS)).await;
+                course.during(Stage::Read, read::drain(body)).await;
                 self.refuse(&refusal, &course)
             }
             Ok(key) => self.answer_key(&mut course, &key, &head, path, body).await,
         };
-        let whole = course.accepted.elapsed();
-        let own = whole.saturating_sub(course.upstream);
-        self.metrics.request_seconds.observe(whole.as_secs_f64());
-        let timing = format!(
-            "keybrake;dur={:.3}, upstream;dur={:.3}",
-            own.as_secs_f64() * 1_000.0,
-            course.upstream.as_secs_f64() * 1_000.0
-        );
-        reply.set(hyper::header::HeaderName::from_static("server-timing"), &timing);
+        let timing = course.end(&self.metrics);
+        reply.set(SERVER_TIMING, &timing);
         reply
     }
 
@@ -239,17 +213,19 @@ impl Proxy {
     /// A read moves no money, so nobody waits for its record.
     async fn record_refusal(
         &self,
-        course: &Course,
+        course: &mut Course,
         key: &Key,
         facts: Facts,
         refusal: Refusal,
     ) -> Result<(), LedgerError> {
         let duration_ms = course.elapsed_ms();
         if facts.method != READ {
-            return self.ledger.refused(key.id, facts, refusal, duration_ms).await;
+            let recorded = self.ledger.refused(key.id, facts, refusal, duration_ms);
+            return course.during(Stage::Record, recorded).await;
         }
         let (facts, refusal) = (Box::new(facts), Box::new(refusal));
-        self.ledger.note(Note::Refused { key_id: key.id, facts, refusal, duration_ms }).await
+        let note = Note::Refused { key_id: key.id, facts, refusal, duration_ms };
+        course.during(Stage::Note, self.ledger.note(note)).await
     }
 
     fn refuse(&self, refusal: &Refusal, course: &Course) -> Reply {
@@ -303,10 +279,11 @@ impl Proxy {
         // Held until the request is answered: its body is kept as long.
         let room = self.room_for(head);
         if room.is_none() {
-            drain_body(body, read::DRAIN_BYTES_MAX, Duration::from_millis(read::DRAIN_MS)).await;
+            course.during(Stage::Read, read::drain(body)).await;
             return Err((overloaded().into(), unread));
         }
-        let body = read::body(&head.headers, body, self.config.body_bytes_max).await;
+        let body = read::body(&head.headers, body, self.config.body_bytes_max);
+        let body = course.during(Stage::Read, body).await;
         let early = self.may_serve(key).and_then(|estate| Ok((estate, body?)));
         let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread.clone()))?;
         let request_id = course.request_id.clone();
@@ -437,7 +414,8 @@ impl Proxy {
             && let Some((object, record, currency)) = answer::ended(told, answers)
         {
             let account = reading.account.clone().unwrap_or_default();
-            if let Err(error) = self.note_end(account, object, facts, record, currency).await {
+            let noted = self.note_end(account, object, facts, record, currency);
+            if let Err(error) = course.during(Stage::Settle, noted).await {
                 tracing::error!(%error, "an object that has ended could not be released; it stays held");
             }
         }
@@ -459,9 +437,9 @@ impl Proxy {
             ..entry::of_request(self.ledger.now(), Event::Forwarded, key, facts)
         };
         if facts.method == READ {
-            self.ledger.note(Note::Record(Box::new(entry))).await?;
+            course.during(Stage::Note, self.ledger.note(Note::Record(Box::new(entry)))).await?;
         } else {
-            self.ledger.record(entry).await?;
+            course.during(Stage::Record, self.ledger.record(entry)).await?;
         }
         self.metrics.decided("forwarded", "");
         Ok(reply)
@@ -472,7 +450,7 @@ impl Proxy {
         let before = Instant::now();
         let result = send.await;
         let took = before.elapsed();
-        course.upstream += took;
+        course.spent(Stage::Upstream, took);
         self.metrics.upstream_seconds.observe(took.as_secs_f64());
         result
     }

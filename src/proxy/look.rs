@@ -8,8 +8,10 @@ use crate::call::Record;
 use crate::forward::FreeRequest;
 use crate::hold::{ExactRequest, Facts};
 use crate::intent::Seen;
-use crate::proxy::{Course, No, Proxy, own_key_refused};
+use crate::proxy::course::Course;
+use crate::proxy::{No, Proxy, own_key_refused};
 use crate::refusal::{Code, Refusal};
+use crate::telemetry::Stage;
 use crate::upstream::{self, Sent};
 use crate::vendor::stripe::answer::{self, Answer};
 use crate::vendor::stripe::object::{self, Look, Purpose};
@@ -96,6 +98,7 @@ impl Proxy {
     /// Ends the holds of items that an invoice bills, once the invoice's own hold counts them.
     pub(super) async fn note_billed(
         &self,
+        course: &mut Course,
         request: &ExactRequest,
         facts: &Facts,
         answers: Answers,
@@ -109,7 +112,8 @@ impl Proxy {
             }
             let facts = Facts { object_id: Some(item.clone()), ..facts.clone() };
             let billed = Record::Moved { minor: 0 };
-            if let Err(error) = self.ledger.observe(account.to_owned(), item, facts, billed).await {
+            let ended = self.ledger.observe(account.to_owned(), item, facts, billed);
+            if let Err(error) = course.during(Stage::Settle, ended).await {
                 tracing::error!(%error, "an invoice item that was billed could not be released; it stays held");
             }
         }

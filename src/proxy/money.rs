@@ -16,15 +16,16 @@ use crate::ledger::rules::limits::one_call_fits;
 use crate::ledger::rules::resolve::Resolve;
 use crate::ledger::rules::{Admit, Executed};
 use crate::ledger::{Admitted, Held, Sending, entry};
+use crate::proxy::course::Course;
 use crate::proxy::flights::{Landing, Leader, Role, SharedAnswer, landed};
 use crate::proxy::reply::{
     ORIGINAL_REQUEST, OUTCOME, REPLAYED, REPLAYED_FROM, REQUEST_ID, Reply, SHOULD_RETRY, request_id_of,
 };
-use crate::proxy::{Course, No, Proxy, own_key_refused};
+use crate::proxy::{No, Proxy, own_key_refused};
 use crate::random;
 use crate::refusal::{Code, Refusal};
 use crate::server::unless_panic;
-use crate::telemetry::{EndLabels, OutcomeLabels};
+use crate::telemetry::{EndLabels, OutcomeLabels, Stage};
 use crate::time::UnixMs;
 use crate::upstream::{self, Sent, UnknownReason};
 use crate::vendor::stripe::answer::{self, Answer, Expected};
@@ -84,17 +85,21 @@ impl Proxy {
                     let look = priced.and_then(|price| object::look(reading, price));
                     return self.lead(course, key, Work { intent, priced, look }, leader).await;
                 }
-                Role::Waiter(flight) => match timeout_at(course.deadline, landed(flight)).await {
-                    // What its object has to keep, only the ledger can tell.
-                    Ok(Some(Landing::Shared(_))) if !intent.open_constraints.is_empty() => {}
-                    Ok(Some(Landing::Shared(answer))) => {
-                        return self.join(course, key, &intent, &answer).await;
+                Role::Waiter(flight) => {
+                    let end = timeout_at(course.deadline, landed(flight));
+                    match course.during(Stage::SameCall, end).await {
+                        // What its object has to keep, only the ledger can tell.
+                        Ok(Some(Landing::Shared(_))) if !intent.open_constraints.is_empty() => {}
+                        Ok(Some(Landing::Shared(answer))) => {
+                            return self.join(course, key, &intent, &answer).await;
+                        }
+                        Ok(Some(Landing::OwnRefusal) | None) => {}
+                        Err(_) => return Err(still_in_flight().into()),
                     }
-                    Ok(Some(Landing::OwnRefusal) | None) => {}
-                    Err(_) => return Err(still_in_flight().into()),
-                },
+                }
                 Role::Other(flight) => {
-                    if timeout_at(course.deadline, landed(flight)).await.is_err() {
+                    let end = timeout_at(course.deadline, landed(flight));
+                    if course.during(Stage::SameCall, end).await.is_err() {
                         return Err(still_in_flight().into());
                     }
                 }
@@ -120,7 +125,7 @@ impl Proxy {
     /// Gives a leader's answer to one who waited for it.
     async fn join(
         &self,
-        course: &Course,
+        course: &mut Course,
         key: &Key,
         intent: &Intent,
         answer: &SharedAnswer,
@@ -140,7 +145,7 @@ impl Proxy {
             duration_ms: Some(course.elapsed_ms()),
             ..entry::of_request(self.ledger.now(), Event::Joined, key, &intent.facts)
         };
-        self.ledger.record(entry).await?;
+        course.during(Stage::Record, self.ledger.record(entry)).await?;
         self.metrics.decided("joined", "");
         Ok(reply)
     }
@@ -183,8 +188,9 @@ impl Proxy {
 
     /// A call that panicked is a doubt at once: left as it is, it would be in flight until the next start, and neither its
     /// next try nor recovery nor an operator could end it. Whether it was not settled before.
-    async fn doubt_panicked(&self, course: &Course, sending: Sending) -> bool {
-        let doubted = self.ledger.doubt(sending, course.request_id.clone()).await;
+    async fn doubt_panicked(&self, course: &mut Course, sending: Sending) -> bool {
+        let doubted = self.ledger.doubt(sending, course.request_id.clone());
+        let doubted = course.during(Stage::Settle, doubted).await;
         match &doubted {
             Ok(()) => {
                 tracing::error!(?sending, "a money call panicked; its money stays counted");
@@ -223,7 +229,7 @@ impl Proxy {
             duration_ms: Some(course.elapsed_ms()),
             ..entry::of_request(self.ledger.now(), Event::Replayed, key, &intent.facts)
         };
-        self.ledger.record(entry).await?;
+        course.during(Stage::Record, self.ledger.record(entry)).await?;
         self.metrics.decided("replayed", "");
         Ok(Led { reply, shared: true, call_id })
     }
@@ -242,7 +248,7 @@ impl Proxy {
                 boot: self.ledger.boot(),
                 duration_ms: course.elapsed_ms(),
             };
-            let admitted = self.ledger.admit(key.id, admit).await?;
+            let admitted = course.during(Stage::Reserve, self.ledger.admit(key.id, admit)).await?;
             if may_go && !matches!(admitted, Admitted::Held(_)) {
                 self.buckets.give_back(key);
             }
@@ -299,7 +305,7 @@ impl Proxy {
             upstream_status: told.answer.as_ref().map(|answer| answer.status),
             duration_ms: course.elapsed_ms(),
         };
-        let resolved = self.ledger.resolve(held, resolve).await;
+        let resolved = course.during(Stage::Settle, self.ledger.resolve(held, resolve)).await;
         if let Err(error) = &resolved {
             tracing::error!(%error, %call_id, "an outcome could not be written; the money stays counted");
         }
@@ -307,7 +313,7 @@ impl Proxy {
         if settled && let (Some(answer), Some(price), true) = (&told.answer, work.priced, is_counted(outcome))
         {
             let Intent { request, facts, .. } = &work.intent;
-            self.note_billed(request, facts, price.answers, &answer.body).await;
+            self.note_billed(course, request, facts, price.answers, &answer.body).await;
         }
         let mut reply = match (told.shown(), settled) {
             (Some(answer), true) => Reply::of_answer(answer, &course.request_id),

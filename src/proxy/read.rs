@@ -25,9 +25,9 @@ use crate::vendor::stripe::rules;
 /// How long a request's body may take to arrive.
 const BODY_TIMEOUT_MS: u64 = 30_000;
 /// What is read and thrown away of a body that is refused, so that the refusal is not lost.
-pub const DRAIN_BYTES_MAX: u64 = 16 << 20;
+const DRAIN_BYTES_MAX: u64 = 16 << 20;
 /// For how long.
-pub const DRAIN_MS: u64 = 2_000;
+const DRAIN_MS: u64 = 2_000;
 /// All headers of one request together, in bytes.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
 /// Headers of one request.
@@ -106,9 +106,14 @@ where
     };
     // A refusal that is sent while the caller still writes can be lost when the connection closes.
     if refusal.code != Code::RequestTimeout {
-        drain_body(body, DRAIN_BYTES_MAX, Duration::from_millis(DRAIN_MS)).await;
+        drain(body).await;
     }
     Err(refusal)
+}
+
+/// Reads a body that is refused and throws it away, within limits.
+pub async fn drain<B: Body<Data = Bytes>>(body: B) {
+    drain_body(body, DRAIN_BYTES_MAX, Duration::from_millis(DRAIN_MS)).await;
 }
 
 async fn whole<B>(headers: &HeaderMap, body: &mut B, bytes_max: usize) -> Result<Bytes, Refusal>

@@ -21,6 +21,8 @@ pub const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 pub const ORIGINAL_REQUEST: HeaderName = HeaderName::from_static("original-request");
 /// Header of the time at which a remembered answer came.
 pub const REPLAYED_FROM: HeaderName = HeaderName::from_static("keybrake-replayed-from");
+/// Header that says where the time of a request went.
+pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 /// Header of an answer after which nobody knows whether money moved.
 pub const OUTCOME: HeaderName = HeaderName::from_static("keybrake-outcome");
 

@@ -68,4 +68,6 @@ mod secrets;
 #[cfg(test)]
 mod tidy;
 #[cfg(test)]
+mod timing;
+#[cfg(test)]
 mod traps;
