@@ -107,11 +107,16 @@ impl RedbStore {
         }
         let db = journal::database().open(path)?;
         let log = wal_path(path);
+        let has_log = log.exists();
         make_private(&log).map_err(failed)?;
         let file = std::fs::File::options().read(true).write(true).open(&log).map_err(failed)?;
         let store = Self::open(db, Box::new(FileBackend::new(file)?), opening).map_err(|error| {
             if !matches!(error, LedgerError::Corrupt(WAL_MISSING)) {
                 return error;
+            }
+            if !has_log {
+                // Made a moment ago. Whether it goes or not, it is the one before that is missing.
+                let _ = std::fs::remove_file(&log);
             }
             failed(std::io::Error::other(format!(
                 "its last calls are in {}, which is not there or another ledger's: restore both files as they were, or \

@@ -189,6 +189,28 @@ async fn a_damaged_or_newer_file_is_refused_and_keeps_what_it_says() {
     remembers(&standin, &mut sidecar, &key).await;
 }
 
+/// A sidecar that was killed has its last calls in the log: without it they would be made again.
+#[tokio::test]
+async fn a_killed_ledger_is_refused_without_its_log() {
+    let (standin, mut sidecar) = world().await;
+    let (key, _) = sidecar.mint("50.00", json!({})).await;
+    assert_eq!(sidecar.charge(&key, "k", 100, "cus_1").await.status, 200);
+    sidecar.kill();
+    let log = sidecar.data.join("keybrake.wal");
+    let kept = std::fs::read(&log).unwrap();
+    let (env, reason) = (sidecar.env().clone(), "its last calls are in");
+    for other in [None, Some(vec![0; kept.len()])] {
+        std::fs::remove_file(&log).unwrap();
+        if let Some(other) = &other {
+            std::fs::write(&log, other).unwrap();
+        }
+        refuses("no log", program(&env).arg("serve"), &env, 1, reason).await;
+        assert_eq!(std::fs::read(&log).ok(), other, "it is left as it was");
+        std::fs::write(&log, &kept).unwrap();
+    }
+    remembers(&standin, &mut sidecar, &key).await;
+}
+
 /// Gives a folder and all in it to another user.
 fn give(dir: &Path, user: u32) {
     let given = Command::new("chown").arg("-R").arg(format!("{user}:{user}")).arg(dir).status().unwrap();
