@@ -19,6 +19,7 @@
 //! A rare term costs one row either way; ids that nearly every record has of its own share lists for that reason.
 
 mod bits;
+mod fields;
 mod index;
 mod query;
 mod terms;
@@ -28,7 +29,6 @@ use redb::{ReadTransaction, ReadableTable, TableDefinition, TableError, WriteTra
 use serde_json::{Map, Value};
 
 use crate::audit::Sealed;
-use crate::id::CallId;
 use crate::time::UnixMs;
 
 pub use index::{Indexed, drop_below, index_step};
@@ -259,18 +259,6 @@ pub(crate) fn split_sealed(stored: &[u8]) -> Result<([u8; 32], &[u8]), JournalEr
 pub(crate) fn sealed_of(stored: &[u8]) -> Result<Sealed, JournalError> {
     let (hash, bytes) = split_sealed(stored)?;
     Ok(Sealed { bytes: bytes.to_vec(), hash })
-}
-
-/// The call whose outcome a record tells; `None` for any other record.
-fn call_of(record: &[u8]) -> Result<Option<CallId>, JournalError> {
-    #[derive(serde::Deserialize)]
-    struct Head<'a> {
-        event: crate::audit::Event,
-        #[serde(borrow)]
-        call_id: Option<&'a str>,
-    }
-    let head: Head<'_> = serde_json::from_slice(record).map_err(|_| JournalError::Corrupt("record"))?;
-    Ok(head.call_id.filter(|_| head.event.is_of_a_call()).and_then(CallId::parse))
 }
 
 #[cfg(test)]

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use redb::{ReadableTable, Table, WriteTransaction};
-use serde_json::{Map, Value};
-
 use crate::journal::bits::{Bits, block_of};
+use crate::journal::fields::Fields;
 use crate::journal::terms::{self, Term};
 use crate::journal::{
     AUDIT, AUDIT_LAST, Bytes, INDEX, INDEX_VERSION, INDEXED_TO, JournalError, POSTINGS, VERSION, ZONES,
-    call_of, split_sealed, time_of, zones,
+    split_sealed, zones,
 };
+use crate::time::UnixMs;
+use redb::{ReadableTable, Table, WriteTransaction};
 
 /// What one step of the index came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,12 +106,12 @@ struct Record {
 impl Record {
     fn read(stored: &[u8]) -> Result<Self, JournalError> {
         let (_, bytes) = split_sealed(stored)?;
-        let record: Map<String, Value> =
+        let record: Fields<'_> =
             serde_json::from_slice(bytes).map_err(|_| JournalError::Corrupt("record"))?;
         Ok(Self {
             terms: terms::of_record(&record),
-            at: time_of(&record).millis(),
-            call: call_of(bytes)?.map(|call| *call.as_bytes()),
+            at: record.text("at").and_then(UnixMs::parse).unwrap_or_default().millis(),
+            call: record.call()?.map(|call| *call.as_bytes()),
         })
     }
 }

@@ -12,11 +12,12 @@ use serde_json::{Map, Value};
 
 use crate::id::CallId;
 use crate::journal::bits::{Bits, block_of, first_of, last_of};
+use crate::journal::fields::Fields;
 use crate::journal::terms::{self, Term};
 use crate::journal::zones::{self, Window};
 use crate::journal::{
     AUDIT, AuditFilter, Bytes, INDEX, INDEX_VERSION, INDEXED_TO, JournalError, POSTINGS, Page, VERSION,
-    ZONES, call_of, open, sealed_of,
+    ZONES, open, sealed_of,
 };
 use crate::time::UnixMs;
 
@@ -100,7 +101,7 @@ fn newest_events(
     let mut newest = HashMap::new();
     for found in audit.range(indexed_to.saturating_add(1)..)? {
         let (place, stored) = found?;
-        if let Some(call) = call_of(&sealed_of(stored.value())?.bytes)? {
+        if let Some(call) = Fields::read(&sealed_of(stored.value())?.bytes)?.call()? {
             newest.insert(call, place.value());
         }
     }
@@ -224,7 +225,7 @@ impl Search<'_> {
         self.cost.records += 1;
         self.done = Some(place);
         let sealed = sealed_of(stored)?;
-        let newest = if self.newest.is_empty() { None } else { call_of(&sealed.bytes)? };
+        let newest = if self.newest.is_empty() { None } else { Fields::read(&sealed.bytes)?.call()? };
         if newest.and_then(|call| self.newest.get(&call)).is_some_and(|newest| *newest != place) {
             return Ok(());
         }

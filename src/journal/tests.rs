@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::query::{Cost, search};
 use super::*;
 use crate::audit::{Decision, Entry, Event, FIRST_PREV_HASH, Place, RecordedOutcome, seal};
+use crate::id::CallId;
 use crate::time::HOUR_MS;
 
 const START_MS: u64 = 1_784_000_000_000;
