@@ -161,8 +161,10 @@ impl Proxy {
     /// Answers one proxied request. `path` is the path behind the mount.
     pub async fn handle(self: Arc<Self>, request: Request<Incoming>, path: String) -> Response<ReplyBody> {
         let proxy = Arc::clone(&self);
-        // A caller that hangs up drops this future; the work goes on.
-        let work = self.tracker.spawn(async move { proxy.answer(request, &path).await });
+        // A caller that hangs up drops this future; the work goes on. It is large, so it is made where it stays: a task is
+        // moved several times before it runs.
+        let work = Box::pin(async move { proxy.answer(request, &path).await });
+        let work = self.tracker.spawn(work);
         if let Ok(reply) = work.await {
             return reply.into_response();
         }

@@ -60,10 +60,12 @@ pub fn read(
 
 /// What has to be read besides an answer to know how much moved: the latest invoice of a subscription.
 pub fn follow(answer: Answer<'_>, answers: Answers) -> Option<Look> {
-    let body: Value = serde_json::from_slice(answer.body).ok()?;
     let is_billed = matches!(answers, Answers::NewSubscription | Answers::Subscription);
-    let is_executed = (200..300).contains(&answer.status) && is_billed;
-    let invoice = body.get("latest_invoice").and_then(Value::as_str).filter(|_| is_executed)?;
+    if !is_billed || !(200..300).contains(&answer.status) {
+        return None;
+    }
+    let body: Value = serde_json::from_slice(answer.body).ok()?;
+    let invoice = body.get("latest_invoice").and_then(Value::as_str)?;
     is_id(invoice).then(|| Source::Invoice.look(invoice))
 }
 
