@@ -1,4 +1,4 @@
-//! On what a directory lies: whether what is written there outlives the container.
+//! On what a directory lies, whether that outlives the container, and what the ledger in it takes.
 
 use std::path::Path;
 
@@ -24,6 +24,21 @@ fn kind_in(mounts: &str, dir: &Path) -> Option<String> {
 /// Whether a file system of this kind goes with its container or machine.
 pub fn is_fleeting(kind: &str) -> bool {
     ["tmpfs", "overlay", "ramfs"].contains(&kind)
+}
+
+/// What the files of a ledger take, in bytes: all whose names begin as its own does.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn ledger_bytes(data_dir: &Path) -> std::io::Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(data_dir)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b"keybrake.") {
+            bytes += entry.metadata()?.len();
+        }
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]

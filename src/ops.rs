@@ -1,6 +1,7 @@
 //! The plain listener for machines that look after this one: `/metrics`, `/healthz`, `/readyz`.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use hyper::header::CONTENT_TYPE;
@@ -11,6 +12,7 @@ use serde_json::json;
 
 use crate::account::AccountState;
 use crate::clock::ClockWatch;
+use crate::disk;
 use crate::ledger::{Ledger, LedgerError};
 use crate::server::{ReplyBody, whole};
 use crate::ship::Progress;
@@ -20,6 +22,8 @@ use crate::ship::Progress;
 pub struct Ops {
     /// The ledger.
     pub ledger: Ledger,
+    /// Where its files are.
+    pub data_dir: PathBuf,
     /// The account.
     pub account: Arc<AccountState>,
     /// The clock's watch.
@@ -79,13 +83,13 @@ impl Ops {
         if encode(&mut out, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", "cannot be written\n".to_owned());
         }
-        let (holds, lost) = (self.holds() + &self.backlog(), self.ledger.notes_lost());
+        let (more, lost) = (self.holds() + &self.backlog() + &self.size(), self.ledger.notes_lost());
         let lost = format!(
             "# HELP keybrake_records_lost Records of reads that were handed over and could not be written\n\
              # TYPE keybrake_records_lost counter\nkeybrake_records_lost_total {lost}\n"
         );
         // The registry's text ends the exposition; these lines belong before that.
-        let out = out.replace("# EOF\n", &format!("{holds}{lost}# EOF\n"));
+        let out = out.replace("# EOF\n", &format!("{more}{lost}# EOF\n"));
         text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", out)
     }
 
@@ -99,6 +103,28 @@ impl Ops {
              # HELP keybrake_audit_backlog_seconds Age of the oldest of them\n\
              # TYPE keybrake_audit_backlog_seconds gauge\nkeybrake_audit_backlog_seconds {oldest}\n"
         )
+    }
+
+    /// What grows; a figure that cannot be told is left out.
+    fn size(&self) -> String {
+        let log = self.ledger.redb().log_state().ok();
+        let figures = [
+            (
+                "keybrake_ledger_bytes",
+                "What the files of the ledger take",
+                disk::ledger_bytes(&self.data_dir).ok(),
+            ),
+            (
+                "keybrake_audit_records",
+                "Audit records that are kept here",
+                log.map(|log| log.last.saturating_add(1).saturating_sub(log.first)),
+            ),
+            ("process_resident_memory_bytes", "Resident memory", resident_bytes()),
+        ];
+        let told = figures.into_iter().filter_map(|(name, help, figure)| {
+            Some(format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {}\n", figure?))
+        });
+        told.collect()
     }
 
     fn holds(&self) -> String {
@@ -116,6 +142,13 @@ impl Ops {
         );
         lines
     }
+}
+
+/// This process's memory, as Linux tells; `None` where it does not.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1_024)
 }
 
 fn text(status: StatusCode, kind: &'static str, body: String) -> Response<ReplyBody> {

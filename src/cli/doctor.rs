@@ -25,8 +25,10 @@ use crate::upstream::{Sent, Upstream, UpstreamConfig};
 
 /// How long Stripe may take to answer the doctor.
 const STRIPE_TIMEOUT_MS: u64 = 10_000;
-/// The largest answer of `/readyz`.
-const READYZ_BYTES_MAX: u64 = 64 * 1024;
+/// The largest answer of `/readyz` or `/metrics`.
+const OPS_BYTES_MAX: u64 = 256 * 1024;
+/// How long the sidecar beside may take to answer.
+const OPS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One thing that was looked at.
 struct Finding {
@@ -65,6 +67,7 @@ pub async fn run(json: bool) -> ExitCode {
     findings.extend(certificate(&config));
     findings.push(disk(&config.data_dir, config.collector.is_some()));
     findings.push(ledger(&config));
+    findings.extend(size(&config));
     findings.push(rates(&config));
     findings.push(stripe(&config).await);
     findings.push(collector(&config).await);
@@ -154,6 +157,25 @@ fn ledger(config: &Config) -> Finding {
             finding("ledger", Verdict::Good, format!("format {format}, {} mode, {account}", binding.mode))
         }
     }
+}
+
+/// What the ledger takes of the disk, and what keeps it from taking ever more.
+fn size(config: &Config) -> Option<Finding> {
+    let bytes = disk::ledger_bytes(&config.data_dir).ok().filter(|bytes| *bytes > 0)?;
+    let until = if config.collector.is_some() { " and until the collector has it" } else { "" };
+    let told = format!(
+        "the ledger takes {}; a call is remembered for {} days unless its key says otherwise, a record is kept for {} \
+         days{until}",
+        megabytes(bytes),
+        config.remember_days,
+        config.audit_days,
+    );
+    Some(finding("size", Verdict::Note, told))
+}
+
+fn megabytes(bytes: u64) -> String {
+    let tenths = bytes.div_ceil(1_048_576 / 10);
+    format!("{}.{} MB", tenths / 10, tenths % 10)
 }
 
 /// What other currencies count, and for how much longer.
@@ -248,7 +270,7 @@ async fn stripe(config: &Config) -> Finding {
 }
 
 async fn running() -> Vec<Finding> {
-    let Ok(told) = readyz(Duration::from_secs(2)).await else {
+    let Ok(told) = readyz(OPS_TIMEOUT).await else {
         return vec![finding("sidecar", Verdict::Note, "is not running here")];
     };
     let list = |name: &str| -> Vec<String> {
@@ -262,6 +284,17 @@ async fn running() -> Vec<Finding> {
         finding("sidecar", Verdict::Bad, format!("is not ready: {}", reasons.join("; ")))
     }];
     findings.extend(warnings.into_iter().map(|told| finding("sidecar", Verdict::Note, told)));
+    let metrics = ask_ops("/metrics", OPS_TIMEOUT).await.unwrap_or_default();
+    let figure = |name: &str| {
+        let of_name = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.parse::<u64>().ok();
+        metrics.lines().find_map(of_name)
+    };
+    if let (Some(bytes), Some(records)) =
+        (figure("process_resident_memory_bytes"), figure("keybrake_audit_records"))
+    {
+        let told = format!("the sidecar takes {} and keeps {records} audit records", megabytes(bytes));
+        findings.push(finding("memory", Verdict::Note, told));
+    }
     findings
 }
 
@@ -279,17 +312,21 @@ pub async fn ready(within: Duration) -> Result<Vec<String>> {
 }
 
 async fn readyz(within: Duration) -> Result<Value> {
+    Ok(serde_json::from_str(&ask_ops("/readyz", within).await?)?)
+}
+
+/// What the sidecar beside this process answers there.
+async fn ask_ops(path: &str, within: Duration) -> Result<String> {
     let address = crate::config::ops_address()?;
     let ask = async {
         let mut stream = tokio::net::TcpStream::connect(address).await?;
-        let request = format!("GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
-        stream.take(READYZ_BYTES_MAX).read_to_string(&mut answer).await?;
+        stream.take(OPS_BYTES_MAX).read_to_string(&mut answer).await?;
         Ok::<_, anyhow::Error>(answer)
     };
     let Ok(answer) = tokio::time::timeout(within, ask).await else { bail!("{address} does not answer") };
     let answer = answer?;
-    let body = answer.split("\r\n\r\n").nth(1).unwrap_or_default();
-    Ok(serde_json::from_str(body)?)
+    Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }

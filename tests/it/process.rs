@@ -682,6 +682,14 @@ async fn health_and_doctor_tell_how_it_is() {
     for check in ["configuration", "stripe", "sidecar"] {
         assert_eq!(found[check], "ok", "{told}");
     }
+    let all = &serde_json::from_str::<Value>(&told).unwrap()["findings"];
+    let of = |check: &str, told: &str| {
+        let mut of_check = all.as_array().unwrap().iter().filter(|one| one["check"] == check);
+        of_check.any(|one| one["told"].as_str().unwrap().contains(told))
+    };
+    let days = "is remembered for 40 days unless its key says otherwise, a record is kept for 400 days";
+    assert!(of("size", " MB; a call ") && of("size", days), "{told}");
+    assert!(of("memory", " MB and keeps 2 audit records"), "{told}");
     // A temporary directory may lie where nothing lasts, and the doctor says so.
     assert_eq!(code == 0, found["disk"] == "ok", "{told}");
     shows_nothing_secret(&told);
