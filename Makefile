@@ -5,7 +5,7 @@ PYTHON ?= python3
 BUILD = cargo build --locked --bin keybrake --example stripe-standin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test test-sdks test-long e2e fuzz bench lint image test-docker test-helm test-k8s
+.PHONY: help demo run test test-sdks test-long soak e2e fuzz bench lint image test-docker test-helm test-k8s
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-long: export KEYBRAKE_TEST_FORMS ?= 50000
 test-long: export KEYBRAKE_TEST_HISTORIES ?= 10000
 test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
+
+soak: ## an hour of 200 requests a second while Stripe fails, then what must be true (SOAK_SECONDS=3600, SOAK_RPS=200)
+	$(BUILD)
+	$(PYTHON) tests/soak/soak.py
 
 e2e: ## the flows of kestra/ on the real Kestra engine, 1.3 and 2.0, with and without Keybrake (E2E_VERSIONS, E2E_ONLY, KESTRA_URL)
 	$(BUILD)

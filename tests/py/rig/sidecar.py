@@ -20,7 +20,9 @@ START_TRIES = 3
 class Sidecar:
     """Runs on two loopback ports and one data directory, which it keeps from start to start."""
 
-    def __init__(self, workdir: Path, *, stripe_base: str, stripe_key: str) -> None:
+    def __init__(
+        self, workdir: Path, *, stripe_base: str, stripe_key: str, settings: dict[str, str] | None = None
+    ) -> None:
         self.workdir = workdir
         self.admin_key = secrets.token_hex(32)
         self._issuer_key: str | None = None
@@ -33,6 +35,7 @@ class Sidecar:
             "KEYBRAKE_STRIPE_API_BASE": stripe_base,
             "KEYBRAKE_CA_OUT": str(self.ca),
             "KEYBRAKE_NODE": "worker-1",
+            **(settings or {}),
         }
         self._child: Child | None = None
         self._ports: tuple[int, int] | None = None
@@ -84,6 +87,15 @@ class Sidecar:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
+    def must_run(self) -> None:
+        assert self._child is not None
+        self._child.must_run("the sidecar")
 
     @property
     def url(self) -> str:
@@ -168,17 +180,17 @@ class Sidecar:
         self.api("DELETE", f"/admin/vault_keys/{key_id}")
 
     def keys(self, **filters: Any) -> list[dict[str, Any]]:
-        return list(self._pages("/admin/vault_keys", **filters))
+        return list(self.pages("/admin/vault_keys", **filters))
 
     def spend_today(self, key_id: str) -> dict[str, Any]:
         return self.api("GET", f"/admin/vault_keys/{key_id}")["spend"]["today"]
 
     def audit(self, **filters: Any) -> list[dict[str, Any]]:
         """All records that match, oldest first."""
-        return sorted(self._pages("/audit", **filters), key=lambda record: record["seq"])
+        return sorted(self.pages("/audit", **filters), key=lambda record: record["seq"])
 
     def holds_in_doubt(self) -> list[dict[str, Any]]:
-        return list(self._pages("/admin/holds", state="doubt"))
+        return list(self.pages("/admin/holds", state="doubt"))
 
     def verify_audit(self) -> dict[str, Any]:
         """`keybrake audit verify`, with its exit code as `exit_code`."""
@@ -189,7 +201,8 @@ class Sidecar:
             told = {"stdout": done.stdout, "stderr": done.stderr}
         return {**told, "exit_code": done.returncode}
 
-    def _pages(self, path: str, **filters: Any) -> Iterator[dict[str, Any]]:
+    def pages(self, path: str, **filters: Any) -> Iterator[dict[str, Any]]:
+        """All rows of a list, one after the other."""
         cursor = None
         while True:
             page = self.api("GET", query(path, **filters, limit=1000, cursor=cursor))

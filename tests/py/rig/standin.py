@@ -39,9 +39,9 @@ class Standin:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def executed(self, customer: str | None = None) -> list[dict[str, Any]]:
+    def executed(self, customer: str | None = None, since: int = 0) -> list[dict[str, Any]]:
         """Money that moved at Stripe, oldest first: the oracle of everything that is claimed here."""
-        every = call("GET", f"{self.url}/_standin/executed")["data"]
+        every = call("GET", f"{self.url}/_standin/executed?since={since}")["data"]
         return [row for row in every if customer in (None, row["customer"])]
 
     def requests(self, method: str = "POST") -> list[dict[str, Any]]:
@@ -53,8 +53,8 @@ class Standin:
         """How many answers a fault keeps back right now."""
         return call("GET", f"{self.url}/_standin/state")["held"]
 
-    def fault(self, name: str | dict[str, Any], count: int = 1, **on: str) -> None:
-        """The next requests that move money meet this fault; `customer=…` names whose."""
+    def fault(self, name: str | dict[str, Any], count: int = 1, **on: Any) -> None:
+        """The next requests that move money meet this fault; `customer=…` names whose, `path={…}` any others."""
         scripted: dict[str, Any] = {"fault": name, "count": count}
         if on:
             scripted["on"] = on
