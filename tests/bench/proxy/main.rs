@@ -13,6 +13,8 @@
 #![expect(clippy::disallowed_methods, reason = "a benchmark asks the machine's clock and its environment")]
 #![expect(clippy::print_stdout, reason = "what it measures is told on standard output")]
 
+#[path = "../bounds.rs"]
+mod bounds;
 mod certificates;
 mod goals;
 mod instruments;
@@ -27,9 +29,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use tokio_rustls::TlsConnector;
 
+use crate::bounds::knob;
 use crate::certificates::Files;
 use crate::load::{Arrival, Call};
 use crate::processes::{Measured, Place, Process, free_addr};
@@ -54,14 +57,6 @@ const CASES: &[(&str, Call, Arrival)] = &[
     ("get, 1 fresh", Call::Get, Arrival::Fresh(1)),
     ("get, 16 fresh", Call::Get, Arrival::Fresh(16)),
 ];
-
-fn knob<T: std::str::FromStr>(name: &str, usual: T) -> Result<T> {
-    match std::env::var(name) {
-        Err(std::env::VarError::NotPresent) => Ok(usual),
-        Err(error) => bail!("{name}: {error}"),
-        Ok(text) => text.parse().ok().with_context(|| format!("{name} is no number: {text}")),
-    }
-}
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -134,11 +129,7 @@ async fn run() -> Result<()> {
         }
     }
     println!("{report}");
-    if let Some(path) = std::env::var_os("BENCH_JSON") {
-        std::fs::write(&path, serde_json::to_string_pretty(&report.json())? + "\n")
-            .with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(())
+    bounds::keep("BENCH_JSON", &report.json())
 }
 
 /// One pass, with what the target worked for it; fails where the stub executed more or less than was asked.

@@ -1,7 +1,8 @@
 //! Who is measured: real processes on loopback, ended by their process ids.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -45,9 +46,20 @@ impl Process {
     /// Waits until somebody answers there.
     pub(crate) fn listens(&mut self, addr: SocketAddr) -> Result<()> {
         let since = Instant::now();
-        while std::net::TcpStream::connect(addr).is_err() {
+        while TcpStream::connect(addr).is_err() {
             self.still_runs()?;
             ensure!(since.elapsed() < PATIENCE, "nobody listens on {addr}:\n{}", self.told());
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    /// Waits until `/readyz` there says so.
+    fn ready(&mut self, ops: SocketAddr) -> Result<()> {
+        let since = Instant::now();
+        while !is_ready(ops) {
+            self.still_runs()?;
+            ensure!(since.elapsed() < PATIENCE, "it is not ready:\n{}", self.told());
             std::thread::sleep(LOOK_EVERY);
         }
         Ok(())
@@ -119,6 +131,18 @@ impl Measured {
     pub(crate) fn bytes(&self) -> u64 {
         self.pids().into_iter().map(resident).sum()
     }
+}
+
+fn is_ready(ops: SocketAddr) -> bool {
+    let ask = || {
+        let mut stream = TcpStream::connect(ops)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok::<_, std::io::Error>(answer)
+    };
+    ask().is_ok_and(|answer| answer.starts_with("HTTP/1.1 200 "))
 }
 
 fn children(pid: u32) -> Vec<u32> {
@@ -214,7 +238,7 @@ impl Place<'_> {
         Ok(Measured { name: "keybrake", target, process: Some(process) })
     }
 
-    /// The sidecar's process, by a command that runs the program, and where it listens.
+    /// The sidecar's process, by a command that runs the program, and where it listens; returns when it is ready.
     pub(crate) fn serve(
         &self,
         mut command: Command,
@@ -235,8 +259,8 @@ impl Place<'_> {
             .env("KEYBRAKE_STRIPE_API_BASE", format!("http://{}", self.upstream))
             .env("KEYBRAKE_NODE", "node-of-the-bench");
         let mut process = Process::start(&mut command, self.dir, name)?;
-        // It listens when it knows its account, which is when it is ready.
         process.listens(addr)?;
+        process.ready(ops)?;
         Ok((process, addr))
     }
 

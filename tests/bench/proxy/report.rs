@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::goals;
+use crate::bounds::{self, median, megabytes, text};
+use crate::goals::goals;
 use crate::processes::Measured;
 
 /// Whom everybody is compared with.
@@ -207,7 +208,7 @@ impl Report {
             "syncs": syncs.collect::<Vec<_>>(),
             "instructions": self.instructions,
             "missing": self.missing,
-            "goals": goals::json(self),
+            "goals": bounds::json(&goals(self)),
         })
     }
 
@@ -266,19 +267,8 @@ impl fmt::Display for Report {
                 writeln!(f, "instructions per {call}, one caller, no TLS: {median} ({least} to {most})")?;
             }
         }
-        write!(f, "\n{}", goals::table(self))
+        write!(f, "\n{}", bounds::table(&goals(self)))
     }
-}
-
-/// With decimal places as far as they mean something, or a dash where there is no figure.
-pub(crate) fn text(figure: Option<f64>, digits: usize) -> String {
-    figure.map_or_else(
-        || "–".to_owned(),
-        |figure| {
-            let digits = if figure < 100.0 { digits } else { 0 };
-            format!("{figure:.digits$}")
-        },
-    )
 }
 
 fn cores() -> usize {
@@ -287,18 +277,4 @@ fn cores() -> usize {
 
 fn count(calls: usize) -> f64 {
     f64::from(u32::try_from(calls).unwrap_or(u32::MAX))
-}
-
-fn megabytes(bytes: u64) -> f64 {
-    f64::from(u32::try_from(bytes / 1_024).unwrap_or(u32::MAX)) / 1_024.0
-}
-
-fn median(mut figures: Vec<f64>) -> Option<f64> {
-    figures.sort_by(f64::total_cmp);
-    let middle = figures.len() / 2;
-    match figures.len() {
-        0 => None,
-        even if even.is_multiple_of(2) => Some(f64::midpoint(figures[middle - 1], figures[middle])),
-        _ => Some(figures[middle]),
-    }
 }

@@ -23,7 +23,7 @@ use crate::certificates::Files;
 pub(crate) const EXECUTED: &str = "/bench/executed";
 const BODY_BYTES_MAX: usize = 65_536;
 
-/// What a card charge looks like, of about the size that Stripe's own have. `ID` and `AMOUNT` are filled in.
+/// What a card charge looks like, of about the size that Stripe's own have.
 const CHARGE: &str = r#"{"id":"ID","object":"charge","amount":AMOUNT,"amount_captured":AMOUNT,"amount_refunded":0,
 "application":null,"application_fee":null,"application_fee_amount":null,
 "balance_transaction":"txn_1PBenchBenchBench0001",
@@ -40,6 +40,11 @@ const CHARGE: &str = r#"{"id":"ID","object":"charge","amount":AMOUNT,"amount_cap
 "receipt_number":null,"receipt_url":null,"refunded":false,"review":null,"shipping":null,"source":null,
 "source_transfer":null,"statement_descriptor":null,"statement_descriptor_suffix":null,"status":"succeeded",
 "transfer_data":null,"transfer_group":null}"#;
+
+/// The answer to a charge.
+pub(crate) fn charge(id: &str, amount: &str) -> String {
+    CHARGE.replace("AMOUNT", amount).replace("ID", id)
+}
 
 #[derive(Default)]
 struct Stub {
@@ -61,11 +66,9 @@ impl Stub {
                     .find_map(|pair| pair.strip_prefix("amount="))
                     .context("a charge without an amount")?;
                 let number = self.executed.fetch_add(1, Ordering::Relaxed);
-                CHARGE.replace("AMOUNT", amount).replace("ID", &format!("ch_1PBench{number:014}"))
+                charge(&format!("ch_1PBench{number:014}"), amount)
             }
-            (&Method::GET, Some(id)) if id.len() > 1 => {
-                CHARGE.replace("AMOUNT", "100").replace("ID", &id[1..])
-            }
+            (&Method::GET, Some(id)) if id.len() > 1 => charge(&id[1..], "100"),
             (&Method::GET, _) if path == "/v1/account" => {
                 r#"{"id":"acct_1PBenchBench","object":"account"}"#.to_owned()
             }
