@@ -25,6 +25,7 @@ use keybrake::time::{Clock, DAY_MS, UnixMs};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 
+use crate::bounds::knob;
 use crate::stub;
 
 /// Between two calls of a ledger's past: ten a second.
@@ -47,6 +48,8 @@ pub(crate) struct Sandbox {
     keys: Vec<KeyId>,
     /// Calls since it was opened.
     made: AtomicU64,
+    /// Whether it remembers what was answered.
+    answers: bool,
 }
 
 /// A call that only has to be made.
@@ -107,7 +110,8 @@ impl Sandbox {
             ships: true,
         };
         let ledger = Ledger::open(&path, opening).with_context(|| path.display().to_string())?;
-        let mut sandbox = Self { path, ledger, hand, keys: Vec::new(), made: AtomicU64::new(0) };
+        let answers = knob("GROWTH_ANSWERS", 1)? == 1;
+        let mut sandbox = Self { path, ledger, hand, keys: Vec::new(), made: AtomicU64::new(0), answers };
         sandbox.issue(16).await?;
         Ok(sandbox)
     }
@@ -386,7 +390,10 @@ impl Sandbox {
             may_go: true,
             duration_ms: 1,
         };
-        let resolve = answered(number, object, seen_request_id, at);
+        let mut resolve = answered(number, object, seen_request_id, at);
+        if !self.answers {
+            resolve.answer = None;
+        }
         let at = usize::try_from(number).unwrap_or(0) % self.keys.len();
         Prepared { key: self.keys[at], admit, resolve }
     }
