@@ -182,7 +182,10 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // The ledger has two threads of its own, and each task that changes threads costs more than most of what it does.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = match runtime.worker_threads(cores.div_ceil(2)).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             complain(&format!("keybrake: {error}"));

@@ -211,8 +211,10 @@ pub enum Ending {
 pub enum Ticked {
     /// Nothing that is due.
     Done,
-    /// More than one step may do: the next tick should come soon.
+    /// More rows whose time has come than one step may take: the next tick should come soon.
     GoOn,
+    /// The index of the audit log lags, or old records wait to go: nothing that a call notices.
+    Lags,
 }
 
 /// Who asks for a change by hand, and how it is recorded.

@@ -42,9 +42,11 @@ use crate::upstream::{Upstream, UpstreamConfig};
 const FIRST_QUESTION_MS: u64 = 3_000;
 /// How often the ledger prunes, counts and indexes.
 const TICK_MS: u64 = 1_000;
-/// The pause before the next tick when one left something: the calls that wait come first, and the index still follows
-/// more than 2,000 records a second.
+/// The pause before the next tick when one left rows whose time has come: the calls that wait come first.
 const TICK_AGAIN_MS: u64 = 20;
+/// The pause when the audit log's index lags: it leaves the processor to calls, and still follows more than 2,000 records a
+/// second.
+const TICK_LAGS_MS: u64 = 500;
 /// How often the file with the rates of other currencies is looked at: mounted files change without a signal.
 const FX_LOOK_MS: u64 = 30_000;
 /// How often the certificate's age is looked at.
@@ -290,6 +292,7 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
             match ledger.tick().await {
                 Ok(Ticked::Done) => {}
                 Ok(Ticked::GoOn) => pause_ms = TICK_AGAIN_MS,
+                Ok(Ticked::Lags) => pause_ms = TICK_LAGS_MS,
                 Err(error) => tracing::debug!(%error, "a tick of the ledger failed"),
             }
         }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
 use crate::audit::Entry;
-use crate::ledger::notes::Note;
+use crate::ledger::notes::{Note, Ticket};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::tx::{Head, Judged, Tx};
 use crate::ledger::row::meta;
@@ -200,19 +200,7 @@ fn execute(writer: &Writer<'_>, tx: &mut Tx<'_>, command: Command, now: UnixMs) 
         Command::Record { entry, reply } => {
             answer(reply, tx.append(&Entry { at: now.to_string(), ..*entry }))
         }
-        Command::Note { note, ticket } => {
-            let noted = match note {
-                Note::Record(entry) => tx.append(&Entry { at: now.to_string(), ..*entry }),
-                Note::Refused { key_id, facts, refusal, duration_ms } => {
-                    tx.refused(key_id, &facts, &refusal, duration_ms, now)
-                }
-            };
-            told(noted, move |noted| {
-                if noted.is_ok() {
-                    ticket.settle();
-                }
-            })
-        }
+        Command::Note { note, ticket } => note_down(tx, note, ticket, now),
         Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(&key, &actor, now)),
         Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(key_id, &actor, now)),
         Command::KillSwitch { on, reason, actor, reply } => {
@@ -231,22 +219,38 @@ fn execute(writer: &Writer<'_>, tx: &mut Tx<'_>, command: Command, now: UnixMs) 
             answer(reply, tx.accept_loss(fresh, &reason, &actor, now))
         }
         Command::Flush { reply } => answer(reply, Ok(())),
-        Command::Close { reply } => then_beside(writer, Ok(()), reply, Chore::Close),
-        Command::Tick { reply } => then_beside(writer, tx.tick(now), reply, Chore::KeepUp),
+        Command::Close { reply } => then_beside(writer, Ok(()), reply, |(), reply| Chore::Close(reply)),
+        Command::Tick { reply } => {
+            then_beside(writer, tx.tick(now), reply, |left, reply| Chore::KeepUp { left, reply })
+        }
     }
 }
 
+fn note_down(tx: &mut Tx<'_>, note: Note, ticket: Ticket, now: UnixMs) -> Executed {
+    let noted = match note {
+        Note::Record(entry) => tx.append(&Entry { at: now.to_string(), ..*entry }),
+        Note::Refused { key_id, facts, refusal, duration_ms } => {
+            tx.refused(key_id, &facts, &refusal, duration_ms, now)
+        }
+    };
+    told(noted, move |noted| {
+        if noted.is_ok() {
+            ticket.settle();
+        }
+    })
+}
+
 /// When what was written is durable, the keeper goes on, and answers.
-fn then_beside<T: 'static>(
+fn then_beside<W: 'static, T: 'static>(
     writer: &Writer<'_>,
-    written: Result<(), LedgerError>,
+    written: Result<W, LedgerError>,
     reply: Reply<T>,
-    chore: impl FnOnce(Reply<T>) -> Chore + 'static,
+    chore: impl FnOnce(W, Reply<T>) -> Chore + 'static,
 ) -> Executed {
     let keeper = writer.keeper.clone();
     told(written, move |written| match written {
         // Without it nobody is answered, which says that the writer stops.
-        Ok(()) => drop(keeper.send(chore(reply))),
+        Ok(written) => drop(keeper.send(chore(written, reply))),
         Err(error) => drop(reply.send(Err(error))),
     })
 }

@@ -20,16 +20,19 @@ use crate::ledger::rules::resolve::{self, Prune};
 use crate::ledger::{LedgerError, Opening, Ticked};
 use crate::time::{DAY_MS, UnixMs};
 
-/// Rows that one step of one kind of upkeep touches at most, so that it never stalls a request for long.
-const STEP_ROWS_MAX: usize = 1_000;
-/// Records that one step takes into the index, or out of it: each is some twenty rows.
-const INDEX_ROWS_MAX: usize = 500;
+/// Rows that one step of one kind of upkeep touches at most: calls wait for it.
+const STEP_ROWS_MAX: usize = 250;
+/// Records that one step takes into the index, or out of it: each is some twenty rows, and those of many records share
+/// pages. No call waits for it.
+const INDEX_ROWS_MAX: usize = 2_000;
 
 impl Tx<'_> {
-    pub(super) fn tick(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+    /// Answers whether there may be more rows whose time has come.
+    pub(super) fn tick(&mut self, now: UnixMs) -> Result<bool, LedgerError> {
         self.keep_mark(now)?;
-        self.record_counted_refusals(now)?;
-        self.look_at_due(now)
+        let refusals = self.record_counted_refusals(now)?;
+        let due = self.look_at_due(now)?;
+        Ok(refusals.max(due) == STEP_ROWS_MAX)
     }
 
     /// Time that passes without a record must not be lost when the clock is set back over a restart.
@@ -40,7 +43,8 @@ impl Tx<'_> {
         Ok(())
     }
 
-    fn record_counted_refusals(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+    /// Answers how many there were.
+    fn record_counted_refusals(&mut self, now: UnixMs) -> Result<usize, LedgerError> {
         let this_minute = now.millis() / MINUTE_MS;
         let rows = self.range(&REFUSALS, all(), |(id, code, minute), row| {
             Ok((*id, code.to_owned(), minute, row::decode::<RefusalRow>(row)?))
@@ -48,6 +52,7 @@ impl Tx<'_> {
         let is_over =
             |row: &Result<_, _>| row.as_ref().map_or(true, |(_, _, minute, _)| *minute < this_minute);
         let over: Vec<_> = rows.filter(is_over).take(STEP_ROWS_MAX).collect::<Result<_, LedgerError>>()?;
+        let count = over.len();
         for (id, code, minute, refusals) in over {
             // That of how many are told apart has none.
             if refusals.count > 0 && !refusals.entry.is_empty() {
@@ -57,14 +62,15 @@ impl Tx<'_> {
             }
             self.remove(&REFUSALS, &(&id, &code, minute));
         }
-        Ok(())
+        Ok(count)
     }
 
-    fn look_at_due(&mut self, now: UnixMs) -> Result<(), LedgerError> {
+    /// Answers how many there were.
+    fn look_at_due(&mut self, now: UnixMs) -> Result<usize, LedgerError> {
         let until = (Bound::Unbounded, Bound::Excluded((now.millis().saturating_add(1), 0, &[0; 16])));
         let rows = self.range(&DUE, until, |(at, kind, id), ()| Ok((at, kind, *id)))?;
         let due: Vec<_> = rows.take(STEP_ROWS_MAX).collect::<Result<_, _>>()?;
-        let mut in_use = None;
+        let (mut in_use, count) = (None, due.len());
         for (at, kind, id) in due {
             self.remove(&DUE, &(at, kind, &id));
             match kind {
@@ -81,7 +87,7 @@ impl Tx<'_> {
                 _ => return Err(LedgerError::Corrupt("due row")),
             }
         }
-        Ok(())
+        Ok(count)
     }
 
     fn look_at_call(&mut self, id: CallId, now: UnixMs) -> Result<(), LedgerError> {
@@ -154,7 +160,7 @@ impl RedbStore {
         self.settle_with(None, |txn| {
             let behind = journal::index_step(txn, INDEX_ROWS_MAX)?.more;
             let old = drop_old_records(txn, opening, now)?;
-            Ok(if behind || old { Ticked::GoOn } else { Ticked::Done })
+            Ok(if behind || old { Ticked::Lags } else { Ticked::Done })
         })
     }
 }

@@ -223,7 +223,7 @@ impl Sandbox {
 
     /// Does all upkeep that is due.
     pub(crate) async fn settle(&self) -> Result<()> {
-        while self.ledger.tick().await? == Ticked::GoOn {}
+        while self.ledger.tick().await? != Ticked::Done {}
         Ok(())
     }
 
