@@ -24,7 +24,7 @@ use crate::journal::{self, JournalError};
 use crate::ledger::redb::changes::{Change, Changes};
 use crate::ledger::redb::tx::Tx;
 use crate::ledger::redb::view::{Tree, View};
-use crate::ledger::redb::wal::Wal;
+use crate::ledger::redb::wal::{Epoch, Wal};
 use crate::ledger::row::{
     self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, live_holds, meta,
 };
@@ -221,7 +221,7 @@ impl RedbStore {
         Tables::write(&view.recent, &txn)?;
         Tables::write(&opened, &txn)?;
         txn.commit()?;
-        let wal = Wal::begin(log, *opening.boot.as_bytes(), applied)?;
+        let wal = Wal::begin(log, *row.epoch, row.before.map(|before| *before), applied)?;
         Ok(Self {
             view: RwLock::new(View::of(Tree::open(&db)?)),
             wal: Mutex::new(wal),
@@ -385,23 +385,25 @@ const WAL_MISSING: &str = "ledger with its write-ahead log";
 /// What the log has and the tree does not: the number of its last frame, and all changes in one.
 fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<(u64, Changes), LedgerError> {
     let missing = LedgerError::Corrupt(WAL_MISSING);
-    let (Some(row), Some(kept)) = (row, wal::read(log)?) else { return Err(missing) };
-    let is_of = |epoch: &ByteArray<16>| *epoch == ByteArray::from(kept.epoch);
-    if !is_of(&row.epoch) && !row.before.as_ref().is_some_and(is_of) {
+    let Some(row) = row else { return Err(missing) };
+    let epochs = wal::epochs(log)?;
+    let names = |epoch: &Epoch| epochs.contains(&Some(*epoch));
+    let (mut last, mut changes) = (row.applied, Changes::default());
+    if names(&row.epoch) {
+        for (number, frame) in wal::frames(log, &row.epoch)? {
+            if number <= last {
+                continue;
+            }
+            if last.checked_add(1) != Some(number) {
+                return Err(missing);
+            }
+            last = number;
+            changes.join(frame);
+        }
+    } else if !row.before.is_some_and(|before| names(&before)) {
         return Err(missing);
     }
-    let (mut last, mut changes) = (row.applied, Changes::default());
-    for (number, frame) in kept.frames {
-        if number <= last {
-            continue;
-        }
-        // Of the run before, everything was taken in before this one began.
-        if !is_of(&row.epoch) || last.checked_add(1) != Some(number) {
-            return Err(missing);
-        }
-        last = number;
-        changes.join(frame);
-    }
+    // Of the run before, everything was taken in before this one began, and this one has not written yet.
     Ok((last, changes))
 }
 

@@ -3,12 +3,12 @@
 //!
 //! | part | what |
 //! |---|---|
-//! | head | [`MAGIC`], the epoch (16 bytes: the run of the process that writes), CRC-32 of both |
+//! | two heads | [`MAGIC`], an epoch (16 bytes: the run of the process that writes), CRC-32 of both |
 //! | half 0, half 1 | frames, one behind the other |
 //!
 //! A frame is its CRC-32 (over the epoch and all that follows), its number and the length of its payload, then
 //! the payload. Numbers go up by one, over all epochs. While one half is taken into the tree, the other one is written;
-//! so nothing is overwritten that the tree does not have. What is found at the next start is the run of valid frames
+//! so nothing is overwritten that the tree does not have. Each run writes the head that the run before did not. What is found at the next start is the run of valid frames
 //! with consecutive numbers: a frame that was cut short ends it, and nobody was told of that one.
 
 use redb::StorageBackend;
@@ -19,8 +19,10 @@ use crate::ledger::redb::changes::Changes;
 const MAGIC: &[u8; 16] = b"keybrake wal 1\r\n";
 const EPOCH_BYTES: usize = 16;
 const CRC_BYTES: usize = 4;
-/// The head's place; a page of its own, so that frames never share one with it.
+/// The place of both heads, so that frames never share a page with them.
 const HEAD_BYTES: u64 = 4_096;
+/// Where they are: in sectors of their own, so that one that is cut short leaves the other one.
+const HEADS_AT: [u64; 2] = [0, HEAD_BYTES / 2];
 /// CRC, number and length.
 const FRAME_HEAD_BYTES: usize = CRC_BYTES + 8 + 4;
 /// Of a file that is made. One that is there has the halves that its length gives.
@@ -29,13 +31,6 @@ const HALF_BYTES_MIN: u64 = 4_096;
 
 /// Names one run of the process.
 pub(crate) type Epoch = [u8; EPOCH_BYTES];
-
-/// What a file holds.
-pub(crate) struct Kept {
-    pub(crate) epoch: Epoch,
-    /// In the order of their numbers, without a gap.
-    pub(crate) frames: Vec<(u64, Changes)>,
-}
 
 /// A log that is written.
 #[derive(Debug)]
@@ -68,30 +63,33 @@ fn crc(epoch: &Epoch, parts: &[&[u8]]) -> [u8; CRC_BYTES] {
     crc.finalize().to_le_bytes()
 }
 
-/// What is in a file; `None` when it is no log, or was not made whole.
-pub(crate) fn read(file: &dyn StorageBackend) -> Result<Option<Kept>, LedgerError> {
+/// The epochs that a file names. One that is no log, or was not made whole, names none.
+pub(crate) fn epochs(file: &dyn StorageBackend) -> Result<[Option<Epoch>; 2], LedgerError> {
+    let mut epochs = [None; 2];
+    if half_bytes(file.len().map_err(failed)?) < HALF_BYTES_MIN {
+        return Ok(epochs);
+    }
+    for (found, at) in epochs.iter_mut().zip(HEADS_AT) {
+        let mut head = [0; MAGIC.len() + EPOCH_BYTES + CRC_BYTES];
+        file.read(at, &mut head).map_err(failed)?;
+        let parts = head.strip_prefix(MAGIC).and_then(<[u8]>::split_first_chunk::<EPOCH_BYTES>);
+        *found = parts.filter(|(epoch, sum)| crc(epoch, &[MAGIC]) == *sum).map(|(epoch, _)| *epoch);
+    }
+    Ok(epochs)
+}
+
+/// The frames of an epoch, in the order of their numbers.
+pub(crate) fn frames(file: &dyn StorageBackend, epoch: &Epoch) -> Result<Vec<(u64, Changes)>, LedgerError> {
     let half_bytes = half_bytes(file.len().map_err(failed)?);
-    if half_bytes < HALF_BYTES_MIN {
-        return Ok(None);
-    }
-    let mut head = [0; MAGIC.len() + EPOCH_BYTES + CRC_BYTES];
-    file.read(0, &mut head).map_err(failed)?;
-    let Some((epoch, sum)) = head.strip_prefix(MAGIC).and_then(<[u8]>::split_first_chunk::<EPOCH_BYTES>)
-    else {
-        return Ok(None);
-    };
-    if crc(epoch, &[MAGIC]) != *sum {
-        return Ok(None);
-    }
     let mut runs = Vec::new();
     for half in [0, 1] {
-        let mut bytes =
-            vec![0; usize::try_from(half_bytes).map_err(|_| LedgerError::Corrupt("write-ahead log"))?];
+        let len = usize::try_from(half_bytes).map_err(|_| LedgerError::Corrupt("write-ahead log"))?;
+        let mut bytes = vec![0; len];
         file.read(HEAD_BYTES + half * half_bytes, &mut bytes).map_err(failed)?;
         runs.push(run(epoch, &bytes)?);
     }
     runs.sort_by_key(|run: &Vec<_>| run.first().map(|(number, _)| *number));
-    Ok(Some(Kept { epoch: *epoch, frames: runs.into_iter().flatten().collect() }))
+    Ok(runs.into_iter().flatten().collect())
 }
 
 /// The valid frames from the beginning of a half.
@@ -132,11 +130,18 @@ impl Wal {
         file.sync_data().map_err(failed)
     }
 
-    /// Begins an epoch behind a frame that the tree has already: whatever the file held is void.
-    pub(crate) fn begin(file: Box<dyn StorageBackend>, epoch: Epoch, last: u64) -> Result<Self, LedgerError> {
+    /// Begins an epoch behind a frame that the tree has already: what the file held of the epoch `before` is void.
+    pub(crate) fn begin(
+        file: Box<dyn StorageBackend>,
+        epoch: Epoch,
+        before: Option<Epoch>,
+        last: u64,
+    ) -> Result<Self, LedgerError> {
         let half_bytes = half_bytes(file.len().map_err(failed)?);
         let head = [MAGIC.as_slice(), &epoch, &crc(&epoch, &[MAGIC])].concat();
-        file.write(0, &head).map_err(failed)?;
+        let [first, _] = epochs(&*file)?;
+        let [one, other] = HEADS_AT;
+        file.write(if first.is_some() && first == before { other } else { one }, &head).map_err(failed)?;
         file.sync_data().map_err(failed)?;
         Ok(Self { file, epoch, half_bytes, half: 0, at: 0, last })
     }
@@ -174,5 +179,75 @@ impl Drop for Wal {
     fn drop(&mut self) {
         // Whoever opens it next finds it as it is.
         let _ = self.file.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use redb::backends::InMemoryBackend;
+
+    use super::*;
+
+    fn image(file: &dyn StorageBackend) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(file.len().unwrap()).unwrap()];
+        file.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn of(bytes: &[u8]) -> Box<dyn StorageBackend> {
+        let file = InMemoryBackend::new();
+        file.set_len(bytes.len() as u64).unwrap();
+        file.write(0, bytes).unwrap();
+        Box::new(file)
+    }
+
+    /// The file after a run of this epoch that did nothing.
+    fn after(bytes: &[u8], epoch: Epoch, before: Option<Epoch>) -> Vec<u8> {
+        image(&*Wal::begin(of(bytes), epoch, before, 0).unwrap().file)
+    }
+
+    #[test]
+    fn a_head_that_is_cut_short_leaves_the_one_before() {
+        let (mut bytes, mut before) = (vec![0; 3 * 4_096], None);
+        for n in 1..=4 {
+            let epoch = [n; EPOCH_BYTES];
+            let whole = after(&bytes, epoch, before);
+            assert!(epochs(&*of(&whole)).unwrap().contains(&Some(epoch)));
+            let written: Vec<usize> = (0..whole.len()).filter(|at| whole[*at] != bytes[*at]).collect();
+            for cut in &written {
+                let torn = [&whole[..*cut], &bytes[*cut..]].concat();
+                let found = epochs(&*of(&torn)).unwrap();
+                assert!(before.is_none() || found.contains(&before), "{n} {cut}: {found:?}");
+            }
+            (bytes, before) = (whole, Some(epoch));
+        }
+    }
+
+    #[test]
+    fn a_run_ends_at_what_is_no_frame_of_it() {
+        let epoch = [7; EPOCH_BYTES];
+        let mut wal = Wal::begin(of(&vec![0; 4_096 + 2 * 4_096]), epoch, None, 40).unwrap();
+        let payload = Changes::default().encode().unwrap();
+        for _ in 0..3 {
+            assert!(wal.append(&payload).unwrap());
+        }
+        assert_eq!(wal.switch(), 43);
+        assert!(wal.append(&payload).unwrap());
+        assert!(!wal.append(&vec![0; 4_096]).unwrap(), "there is no room for it");
+        let whole = image(&*wal.file);
+        let numbers = |bytes: &[u8], epoch: &Epoch| -> Vec<u64> {
+            frames(&*of(bytes), epoch).unwrap().into_iter().map(|(number, _)| number).collect()
+        };
+        assert_eq!(numbers(&whole, &epoch), [41, 42, 43, 44]);
+        assert_eq!(numbers(&whole, &[8; EPOCH_BYTES]), [0; 0], "of another epoch");
+        for byte in 0..FRAME_HEAD_BYTES {
+            let mut damaged = whole.clone();
+            damaged[4_096 + FRAME_HEAD_BYTES + byte] ^= 1;
+            assert_eq!(numbers(&damaged, &epoch), [41, 44], "the second is no frame any more: {byte}");
+        }
+        // Written over, what is left behind the new frames is older.
+        assert_eq!(wal.switch(), 44);
+        assert!(wal.append(&payload).unwrap());
+        assert_eq!(numbers(&image(&*wal.file), &epoch), [44, 45]);
     }
 }
