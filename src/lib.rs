@@ -38,8 +38,8 @@
 //! |---|---|---|
 //! | 0 words | [`money`] [`id`] [`time`] [`secret`] [`refusal`] | nothing of each other's business |
 //! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
-//! | 2 ledger | [`journal`] [`ledger`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores: first in a write-ahead log, then in a tree; `writer` commits in batches |
-//! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`disk`] [`telemetry`] | the outside world |
+//! | 2 ledger | [`journal`] [`ledger`] [`telemetry`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores: first in a write-ahead log, then in a tree; `writer` commits in batches |
+//! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`disk`] | the outside world |
 //! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] [`ship`] [`collect`] | one request each; doubts; the log on its way to the collector, and the collector |
 //! | 5 settings | [`config`] | the environment, read once and checked whole |
 //! | 6 program | [`serve`] [`cli`] | how it is put together, started and asked |

@@ -11,7 +11,7 @@
 //! - A connection is used again only after its last answer was read to the end.
 //!
 //! Never: follows a redirect (the key would leak), looks at proxies in the environment, retries, or knows what the
-//! request means.
+//! request means; speaks HTTP/2, where one connection that breaks takes every call on it into doubt.
 
 use std::collections::VecDeque;
 use std::fmt;
