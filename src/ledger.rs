@@ -35,7 +35,7 @@ use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
 use crate::ledger::rules::{Admit, Executed};
-use crate::ledger::writer::Command;
+use crate::ledger::writer::{Command, Mail};
 use crate::money::Money;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
@@ -224,7 +224,7 @@ pub struct Actor(pub String);
 /// The handle that everybody holds: sends commands to the writer, reads snapshots itself.
 #[derive(Clone, Debug)]
 pub struct Ledger {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<Mail>,
     notes: Notes,
     store: Store,
     boot: BootId,
@@ -283,8 +283,9 @@ impl Ledger {
         let store = Arc::new(store);
         let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
         let boot = opening.boot;
-        writer::spawn(Arc::clone(&store), waiting, opening);
-        Self { commands, notes: Notes::default(), store: Store::Redb(store), boot }
+        let notes = Notes::default();
+        writer::spawn(Arc::clone(&store), waiting, notes.clone(), opening);
+        Self { commands, notes, store: Store::Redb(store), boot }
     }
 
     /// This run of the process.
@@ -443,7 +444,10 @@ impl Ledger {
             ticket.settle();
             return Err(LedgerError::Unavailable(why));
         }
-        self.commands.send(Command::Note { note, ticket }).await.map_err(|_| writer_gone())
+        if self.notes.put(note, ticket) {
+            self.commands.send(Mail::Notes).await.map_err(|_| writer_gone())?;
+        }
+        Ok(())
     }
 
     /// How many records were handed over and could not be written.
@@ -581,7 +585,7 @@ impl Ledger {
         command: impl FnOnce(oneshot::Sender<Result<T, LedgerError>>) -> Command,
     ) -> Result<T, LedgerError> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| writer_gone())?;
+        self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
         answer.await.map_err(|_| writer_gone())?
     }
 }

@@ -5,8 +5,8 @@
 //! itself within [`NOTES_WAIT_MS`]. What that costs is told by a constant: a power cut loses at most
 //! [`NOTES_WAITING_MAX`] of them, never the record of money, and never one from the middle of the chain.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -19,6 +19,8 @@ use crate::refusal::Refusal;
 pub const NOTES_WAITING_MAX: usize = 1_024;
 /// How long the first of them waits for a commit that it can share, in milliseconds.
 pub const NOTES_WAIT_MS: u64 = 100;
+/// So many do not wait any longer.
+const NOTES_MANY: usize = 256;
 
 /// What is recorded without anybody waiting for it.
 #[derive(Debug)]
@@ -38,16 +40,23 @@ pub enum Note {
     },
 }
 
-/// The room for notes, and how many were handed over and could not be written.
+/// The room for notes, those that wait, and how many were handed over and could not be written.
+///
+/// They do not go through the writer's queue: it would be woken for each of them, which costs more than the note.
 #[derive(Clone, Debug)]
 pub(super) struct Notes {
     room: Arc<Semaphore>,
+    waiting: Arc<Mutex<Vec<(Note, Ticket)>>>,
     lost: Arc<AtomicU64>,
 }
 
 impl Default for Notes {
     fn default() -> Self {
-        Self { room: Arc::new(Semaphore::new(NOTES_WAITING_MAX)), lost: Arc::default() }
+        Self {
+            room: Arc::new(Semaphore::new(NOTES_WAITING_MAX)),
+            waiting: Arc::default(),
+            lost: Arc::default(),
+        }
     }
 }
 
@@ -56,6 +65,27 @@ impl Notes {
     pub(super) async fn place(&self) -> Option<Ticket> {
         let room = Arc::clone(&self.room).acquire_owned().await.ok()?;
         Some(Ticket { _room: room, lost: Arc::clone(&self.lost), settled: false })
+    }
+
+    /// Hands one over. Answers whether the writer has to hear of it: of the first, and when there are many.
+    pub(super) fn put(&self, note: Note, ticket: Ticket) -> bool {
+        let mut waiting = self.waiting();
+        waiting.push((note, ticket));
+        waiting.len() == 1 || waiting.len().is_multiple_of(NOTES_MANY)
+    }
+
+    /// Whether so many wait that a commit of their own pays.
+    pub(super) fn are_many(&self) -> bool {
+        self.waiting().len() >= NOTES_MANY
+    }
+
+    /// All that wait, in their order.
+    pub(super) fn take(&self) -> Vec<(Note, Ticket)> {
+        std::mem::take(&mut self.waiting())
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<(Note, Ticket)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many were lost.

@@ -17,7 +17,7 @@ use crate::hold::Facts;
 use crate::id::{CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
 use crate::key::Key;
-use crate::ledger::notes::{NOTES_WAIT_MS, Note, Ticket};
+use crate::ledger::notes::{NOTES_WAIT_MS, Note, Notes, Ticket};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::batch::Writer;
 use crate::ledger::row::BindingRow;
@@ -62,8 +62,17 @@ pub enum Command {
     Tick { reply: Reply<Ticked> },
 }
 
+/// What the writer hears of.
+#[derive(Debug)]
+pub(super) enum Mail {
+    /// Something to do.
+    Command(Command),
+    /// Notes wait.
+    Notes,
+}
+
 /// Starts the writer. It ends when every handle to the ledger is gone.
-pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, opening: Opening) {
+pub(super) fn spawn(store: Arc<RedbStore>, mut mail: mpsc::Receiver<Mail>, notes: Notes, opening: Opening) {
     std::thread::spawn(move || {
         // For its timer alone: whatever runs the callers, the writer has a thread and a time of its own.
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
@@ -75,7 +84,7 @@ pub fn spawn(store: Arc<RedbStore>, mut waiting: mpsc::Receiver<Command>, openin
         };
         let keeper = spawn_keeper(Arc::clone(&store), opening.clone());
         let mut writer = Writer::new(&store, &opening, keeper.clone());
-        while let Some(batch) = runtime.block_on(next_batch(&mut waiting)) {
+        while let Some(batch) = runtime.block_on(next_batch(&mut mail, &notes)) {
             // A defect of ours or of the store must be seen by `/readyz`, as a full disk is: nothing is admitted any more.
             if catch_unwind(AssertUnwindSafe(|| writer.commit(batch))).is_err() {
                 store.fail(&LedgerError::Unavailable("its writer panicked".to_owned()));
@@ -126,29 +135,32 @@ fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
     chores
 }
 
-/// What the next commit is for; `None` when every handle is gone and everything is taken.
-async fn next_batch(waiting: &mut mpsc::Receiver<Command>) -> Option<Vec<Command>> {
-    let mut next = waiting.recv().await;
+/// What the next commit is for, notes first; `None` when every handle is gone and everything is taken.
+async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -> Option<Vec<Command>> {
+    let mut next = Some(mail.recv().await?);
     let until = Instant::now() + Duration::from_millis(NOTES_WAIT_MS);
-    let mut batch = Vec::with_capacity(16);
-    let (mut is_awaited, mut has_yielded) = (false, false);
-    while let Some(command) = next {
-        is_awaited |= !matches!(command, Command::Note { .. });
-        batch.push(command);
-        if batch.len() == BATCH_COMMANDS_MAX {
+    let mut commands = Vec::with_capacity(16);
+    let mut has_yielded = false;
+    while let Some(heard) = next {
+        match heard {
+            Mail::Command(command) => commands.push(command),
+            Mail::Notes => {}
+        }
+        if commands.len() == BATCH_COMMANDS_MAX {
             break;
         }
-        next = match (waiting.try_recv(), is_awaited) {
-            (Ok(command), _) => Some(command),
+        next = match mail.try_recv() {
+            Ok(heard) => Some(heard),
             // Where several callers wait there are more of them: they get the processor before the disk does.
-            (Err(_), true) if batch.len() > 1 && !has_yielded => {
+            Err(_) if commands.len() > 1 && !has_yielded => {
                 has_yielded = true;
                 std::thread::yield_now();
-                waiting.try_recv().ok()
+                mail.try_recv().ok()
             }
-            (Err(_), true) => None,
-            (Err(_), false) => timeout_at(until, waiting.recv()).await.ok().flatten(),
+            Err(_) if !commands.is_empty() || notes.are_many() => None,
+            Err(_) => timeout_at(until, mail.recv()).await.ok().flatten(),
         };
     }
-    (!batch.is_empty()).then_some(batch)
+    let notes = notes.take().into_iter().map(|(note, ticket)| Command::Note { note, ticket });
+    Some(notes.chain(commands).collect())
 }
