@@ -1,4 +1,5 @@
-//! Reads, on snapshots: they see what is durable and never wait for the writer.
+//! Reads: they see what is durable, and do not wait for the writer. A query of the audit log has what it asks about taken
+//! into the tree first, where its index is.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -84,7 +85,7 @@ impl RedbStore {
         self.view().get(&META, &name, row::decode)
     }
 
-    /// Rows that count, newest first, behind a cursor: those of this moment.
+    /// Rows of this moment, the newest first.
     fn newest<K: redb::Key, V: redb::Value, T, F>(
         &self,
         table: &Table<K, V>,
@@ -97,6 +98,7 @@ impl RedbStore {
         self.view().range(table, range, Order::Descending, None, read)
     }
 
+    /// Rows of this moment, the oldest first.
     fn oldest<K: redb::Key, V: redb::Value, T, F>(
         &self,
         table: &Table<K, V>,

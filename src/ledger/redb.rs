@@ -1,4 +1,5 @@
-//! The ledger in one redb file: load, ask the rules, store, in one write transaction for each batch.
+//! The ledger in a redb file with a write-ahead log: a batch loads, asks the rules, and is durable as one frame of the log;
+//! the file takes it in later. What a reader sees is both.
 
 pub(super) mod batch;
 pub(crate) mod changes;

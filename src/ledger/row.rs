@@ -16,7 +16,8 @@
 //! | `due` | instant (ms), kind, id | nothing: when to look at it again |
 //! | `refusals` | key id, code and what it was about, minute | [`RefusalRow`]: equal refusals that are not recorded one by one; without a code, how many are told apart |
 //!
-//! The audit log has tables of its own beside them, by `seq`: [`crate::journal`].
+//! The audit log has tables of its own beside them, by `seq`: [`crate::journal`]. The write-ahead log
+//! (`ledger/redb/wal.rs`) holds changes of these rows and of `audit`.
 //!
 //! Ids are big-endian, so tables are in the order of time. Every value that is not an id starts with a version byte;
 //! the rest is CBOR with numbered fields, to which later versions may add.
