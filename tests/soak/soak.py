@@ -378,10 +378,15 @@ class Soak:
             if time.monotonic() > deadline:
                 raise RigError("requests are still under way")
 
+    def unknown(self) -> list[Line]:
+        """Lines without an outcome. A declined call is sent again when it is made again, and may come to be in doubt then."""
+        doubts = {hold["customer"] for hold in self.sidecar.holds_in_doubt()}
+        return [line for line in self.lines if not line.known or (line.customer in doubts and not line.stuck)]
+
     def end(self) -> None:
         """No new faults: every line is asked for until it has an outcome."""
         deadline = time.monotonic() + END_TIMEOUT_S
-        while (unknown := [line for line in self.lines if not line.known]) and time.monotonic() < deadline:
+        while (unknown := self.unknown()) and time.monotonic() < deadline:
             # What full keys have refused finds room.
             workers = self.start()
             for line in unknown:
