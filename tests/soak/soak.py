@@ -380,7 +380,7 @@ class Soak:
 
     def unknown(self) -> list[Line]:
         """Lines without an outcome. A declined call is sent again when it is made again, and may come to be in doubt then."""
-        doubts = {hold["customer"] for hold in self.sidecar.holds_in_doubt()}
+        doubts = self.doubts()
         return [line for line in self.lines if not line.known or (line.customer in doubts and not line.stuck)]
 
     def end(self) -> None:
@@ -399,14 +399,15 @@ class Soak:
 
     def check(self) -> None:
         self.collect()
-        doubts = {hold["customer"]: hold["amount"] for hold in self.sidecar.holds_in_doubt()}
+        doubts, of_keys = self.books()
         stuck = {line.customer for line in self.lines if line.stuck}
         for customer in doubts.keys() - stuck:
             self.violations.append(f"nothing explains the doubt of {customer}")
         for hold in self.sidecar.pages("/admin/holds", state="sending"):
             self.violations.append(f"a hold is still being sent: {hold}")
         self.check_executed()
-        spent, held = self.check_keys()
+        self.check_keys(of_keys)
+        spent, held = (sum(amounts) for amounts in zip(*of_keys.values()))
         executed = sum(row["amount"] for row in self.executed if row["customer"] not in doubts)
         if spent != executed:
             self.violations.append(f"{spent} cents are booked, and {executed} were executed")
@@ -418,6 +419,21 @@ class Soak:
         in_doubt = f"{len(doubts)} are in doubt, which Stripe repeats as a stored 500 or 424"
         print(f"{len(self.executed)} lines were executed and {spent / 100:.2f} USD are booked; {in_doubt}")
         print(f"the audit log is whole: {told.get('records')} records")
+
+    def doubts(self) -> dict[str, int]:
+        return {hold["customer"]: hold["amount"] for hold in self.sidecar.holds_in_doubt()}
+
+    def books(self) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+        """Doubts, and what each key has spent and held, in cents, of one moment: recovery may end a doubt at any time."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while time.monotonic() < deadline:
+            doubts, of_keys = self.doubts(), {}
+            for key in self.minted:
+                shown = self.ask("GET", f"/admin/vault_keys/{key}", self.sidecar.admin_key).body["spend"]["total"]
+                of_keys[key] = (cents(shown["spent"]), cents(shown["held"]))
+            if self.doubts() == doubts:
+                return doubts, of_keys
+        raise RigError("the doubts never stand still")
 
     def collect(self) -> None:
         """What was executed since the last time: an hour of it at once is too much for one answer."""
@@ -441,8 +457,8 @@ class Soak:
             if line.charge is not None and line.customer not in seen:
                 self.violations.append(f"{line.customer} was told of {line.charge}, which nobody executed")
 
-    def check_keys(self) -> tuple[int, int]:
-        """Spent and held of all keys in cents; each within its cap, by its own word and by what was executed."""
+    def check_keys(self, of_keys: dict[str, tuple[int, int]]) -> None:
+        """Each key is within its cap, by its own word and by what was executed."""
         payers: dict[str, str] = {}
         for record in self.sidecar.pages("/audit", events="all", event="admitted", order="asc"):
             # Who is admitted first pays; the repeat of a doubt has a flag.
@@ -454,14 +470,9 @@ class Soak:
                 self.violations.append(f"{row} has no record")
             else:
                 paid[payers[row["customer"]]] += row["amount"]
-        spent = held = 0
-        for key in self.minted:
-            shown = self.ask("GET", f"/admin/vault_keys/{key}", self.sidecar.admin_key).body["spend"]["total"]
-            of_key = [cents(shown["spent"]), cents(shown["held"])]
-            if sum(of_key) > self.cap or paid[key] > self.cap:
-                self.violations.append(f"{key} exceeds {self.cap} cents: {of_key} counted, {paid[key]} executed")
-            spent, held = spent + of_key[0], held + of_key[1]
-        return spent, held
+        for key, counted in of_keys.items():
+            if sum(counted) > self.cap or paid[key] > self.cap:
+                self.violations.append(f"{key} exceeds {self.cap} cents: {counted} counted, {paid[key]} executed")
 
     def check_load(self, calls: int) -> None:
         share = 1 - self.late / calls
