@@ -201,18 +201,23 @@ impl RedbStore {
         let tree = Tree::open(&db)?;
         let mut view = View::of(tree);
         let row: Option<WalRow> = view.get(&META, &meta::WAL, row::decode)?;
-        let kept = if format == FORMAT_OPEN { Some(left_in(&*log, row.as_ref())?) } else { None };
-        let mut applied = row.as_ref().map_or(0, |row| row.applied);
-        if let Some((last, changes)) = kept {
-            (applied, view.recent) = (last, changes);
-        }
+        let left = match format {
+            FORMAT_OPEN => left_in(&*log, row.as_ref())?,
+            // It was closed with everything in it.
+            _ => Left {
+                epoch: None,
+                last: row.as_ref().map_or(0, |row| row.applied),
+                changes: Changes::default(),
+            },
+        };
+        view.recent = left.changes;
         let mut tx = Tx::open(&view, opening, None)?;
         let now = opening.clock.now().max(tx.mark()?);
         tx.check_mode(opening)?;
         tx.note_clock(now, opening.clock.now())?;
         tx.doubt_orphans(opening.boot, now)?;
         let epoch = ByteArray::from(*opening.boot.as_bytes());
-        let row = WalRow { epoch, before: row.map(|row| row.epoch), applied };
+        let row = WalRow { epoch, before: left.epoch.map(ByteArray::from), applied: left.last };
         tx.put_meta(meta::WAL, &row);
         tx.put_meta(meta::FORMAT, &FORMAT_OPEN);
         let (id, salt) = (tx.ledger_id()?, tx.salt()?);
@@ -222,7 +227,7 @@ impl RedbStore {
         Tables::write(&view.recent, &txn)?;
         Tables::write(&opened, &txn)?;
         txn.commit()?;
-        let wal = Wal::begin(log, *row.epoch, row.before.map(|before| *before), applied)?;
+        let wal = Wal::begin(log, *row.epoch, left.epoch, left.last)?;
         Ok(Self {
             view: RwLock::new(View::of(Tree::open(&db)?)),
             wal: Mutex::new(wal),
@@ -268,8 +273,11 @@ impl RedbStore {
 
     /// Latches: from now on nothing is written, until the file is opened again.
     pub(super) fn fail(&self, error: &LedgerError) {
-        tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
-        *locked(&self.failure) = Some(error.to_string());
+        let mut failure = locked(&self.failure);
+        if failure.is_none() {
+            tracing::error!(%error, "the ledger failed; nothing is admitted until it is opened again");
+            *failure = Some(error.to_string());
+        }
     }
 
     /// Makes changes durable, and then seen. What has no room in the log goes into the tree at once.
@@ -327,6 +335,11 @@ impl RedbStore {
             // Between a frame and its being seen there is no moment here.
             let mut wal = locked(&self.wal);
             let mut view = self.view_mut();
+            if !view.settling.is_empty() {
+                // It panicked on the way. Both halves are needed now, and the next start takes them in.
+                let why = "its log was being taken in, and that was cut short";
+                return Err(LedgerError::Unavailable(why.to_owned()));
+            }
             view.settling = Arc::new(std::mem::take(&mut view.recent));
             (Arc::clone(&view.settling), wal.switch())
         };
@@ -383,15 +396,26 @@ impl Drop for RedbStore {
 /// In [`LedgerError::Corrupt`]: the file needs a log that is not there.
 const WAL_MISSING: &str = "ledger with its write-ahead log";
 
-/// What the log has and the tree does not: the number of its last frame, and all changes in one.
-fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<(u64, Changes), LedgerError> {
+/// What the log has and the tree does not.
+struct Left {
+    /// Whose log it is; `None` where nobody needs it.
+    epoch: Option<Epoch>,
+    /// The number of its last frame.
+    last: u64,
+    /// All changes in one.
+    changes: Changes,
+}
+
+fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<Left, LedgerError> {
     let missing = LedgerError::Corrupt(WAL_MISSING);
     let Some(row) = row else { return Err(missing) };
-    let epochs = wal::epochs(log)?;
-    let names = |epoch: &Epoch| epochs.contains(&Some(*epoch));
+    let named = wal::epochs(log)?;
     let (mut last, mut changes) = (row.applied, Changes::default());
-    if names(&row.epoch) {
-        for (number, frame) in wal::frames(log, &row.epoch)? {
+    let mut epochs = [Some(row.epoch), row.before].into_iter().flatten().map(|epoch| *epoch);
+    let Some(epoch) = epochs.find(|epoch| named.contains(&Some(*epoch))) else { return Err(missing) };
+    // A run that could not begin its log has written nothing, and had taken in what the one before had left.
+    if epoch == *row.epoch {
+        for (number, frame) in wal::frames(log, &epoch)? {
             if number <= last {
                 continue;
             }
@@ -401,11 +425,8 @@ fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<(u64, Chang
             last = number;
             changes.join(frame);
         }
-    } else if !row.before.is_some_and(|before| names(&before)) {
-        return Err(missing);
     }
-    // Of the run before, everything was taken in before this one began, and this one has not written yet.
-    Ok((last, changes))
+    Ok(Left { epoch: Some(epoch), last, changes })
 }
 
 /// Where the write-ahead log of a ledger file is.
@@ -437,8 +458,8 @@ pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
         let row = table.get(meta::WAL)?.map(|bytes| row::decode(bytes.value())).transpose()?;
         let file = std::fs::File::open(wal_path(path))
             .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", wal_path(path).display())))?;
-        let (_, changes) = left_in(&FileBackend::new(file)?, row.as_ref())?;
-        if let Change::Put(binding) = changes.get(&META, meta::BINDING.as_bytes()) {
+        let left = left_in(&FileBackend::new(file)?, row.as_ref())?;
+        if let Change::Put(binding) = left.changes.get(&META, meta::BINDING.as_bytes()) {
             return Ok((format, row::decode(binding)?));
         }
     }
@@ -502,5 +523,50 @@ impl Tx<'_> {
 
     pub(super) fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
         self.range(&row::HOLDS, live_holds(), |_, hold| row::decode(hold))?.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use redb::backends::InMemoryBackend;
+
+    use super::*;
+    use crate::secret::Mode;
+
+    fn opening() -> Opening {
+        let now = UnixMs::from_millis(1_784_000_000_000);
+        Opening {
+            node: "node-1".to_owned(),
+            mode: Mode::Test,
+            clock: Clock::manual(now).0,
+            boot: BootId::new(now, [1; 10]),
+            fresh_id: LedgerId::new(now, [2; 10]),
+            fresh_salt: [3; 32],
+            audit_days: 400,
+            ships: false,
+        }
+    }
+
+    /// What was begun to be taken into the tree and was not is in the log alone: the next settling must not count it as
+    /// taken in.
+    #[test]
+    fn a_settling_that_panicked_is_the_last_one() {
+        let log = InMemoryBackend::new();
+        log.set_len(64 << 10).unwrap();
+        let store = RedbStore::open_backend(InMemoryBackend::new(), log, &opening()).unwrap();
+        let mut changes = Changes::default();
+        changes.put(&META, &"durable", &b"told".as_slice());
+        store.keep(changes).unwrap();
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            store.settle_with(None, |_| -> Result<(), LedgerError> { panic!("on purpose") })
+        }));
+        assert!(panicked.is_err());
+        let told = || store.view().get(&META, &"durable", |told| Ok(told.to_vec())).unwrap();
+        assert_eq!(told().as_deref(), Some(b"told".as_slice()));
+        assert!(matches!(store.settle(), Err(LedgerError::Unavailable(_))));
+        assert!(store.failure().is_some(), "nothing is written until the next start");
+        assert_eq!(told().as_deref(), Some(b"told".as_slice()), "what is durable is seen");
     }
 }

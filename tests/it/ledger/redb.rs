@@ -179,6 +179,65 @@ async fn a_disk_that_fails_while_the_log_is_taken_in_loses_nothing() {
     }
 }
 
+/// What takes the log in may panic anywhere, in a query of the log too, where nobody catches it for the ledger. What it had
+/// begun to take in must not be taken for taken in.
+#[tokio::test]
+async fn a_panic_while_the_log_is_taken_in_loses_nothing() {
+    let file = File::default();
+    let world = World::new(of_file(file.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    file.panic_next();
+    let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.log()));
+    assert!(asked.is_err(), "it panicked on purpose");
+    assert_eq!(world.total(key, Lane::In).spent, usd("1.00"), "what is durable is seen");
+    let ticked = world.ledger().tick().await;
+    assert!(matches!(ticked, Err(LedgerError::Unavailable(_))), "{ticked:?}");
+    let after = world.admit(key, &Ask::charge("b", 100)).await;
+    assert!(matches!(after, Err(LedgerError::Unavailable(_))), "nothing is written until the next start");
+    let next = world.beside(of_file(File::of(file.image())));
+    // The store panics once more when it is dropped.
+    std::mem::forget(world);
+    assert_eq!(next.total(key, Lane::In).spent, usd("1.00"));
+    let again = next.admit(key, &Ask::charge("a", 100)).await.unwrap();
+    assert!(matches!(again, Admitted::Replay { .. }), "{again:?}");
+    next.check();
+}
+
+/// A start that fails at any write, twice, leaves a ledger that starts: it has not lost its log by beginning a new one.
+#[tokio::test]
+async fn starts_that_fail_do_not_lose_the_log() {
+    let file = File::default();
+    let world = World::new(of_file(file.clone()));
+    let key = world.key("k", |_| ()).await;
+    world.charged(key, "a", 100).await;
+    let killed = file.image();
+    // How many writes and syncs a start has, the first after the kill and the next.
+    for first in 0.. {
+        for second in 0.. {
+            let file = File::of(killed.clone());
+            let failed = [first, second].map(|writes| {
+                file.fail_after(writes);
+                let started = file.ledger(world.opening());
+                let failed = started.is_err();
+                file.mend();
+                failed
+            });
+            let next = world.beside(of_file(file));
+            assert_eq!(next.total(key, Lane::In).spent, usd("1.00"), "{first} {second}");
+            next.check();
+            match failed {
+                [false, _] => {
+                    assert!(first > 3, "only {first} places to fail at");
+                    return;
+                }
+                [true, false] => break,
+                [true, true] => {}
+            }
+        }
+    }
+}
+
 /// More than a half of the log holds at once, and a batch that no half could hold.
 #[tokio::test]
 async fn what_has_no_room_in_the_log_is_durable_too() {
