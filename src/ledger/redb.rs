@@ -25,7 +25,7 @@ use crate::journal::{self, JournalError};
 use crate::ledger::redb::changes::{Change, Changes};
 use crate::ledger::redb::tx::Tx;
 use crate::ledger::redb::view::{Tree, View};
-use crate::ledger::redb::wal::{Epoch, Wal};
+use crate::ledger::redb::wal::Wal;
 use crate::ledger::row::{
     self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, live_holds, meta,
 };
@@ -201,33 +201,29 @@ impl RedbStore {
         let tree = Tree::open(&db)?;
         let mut view = View::of(tree);
         let row: Option<WalRow> = view.get(&META, &meta::WAL, row::decode)?;
-        let left = match format {
-            FORMAT_OPEN => left_in(&*log, row.as_ref())?,
-            // It was closed with everything in it.
-            _ => Left {
-                epoch: None,
-                last: row.as_ref().map_or(0, |row| row.applied),
-                changes: Changes::default(),
-            },
-        };
-        view.recent = left.changes;
+        let in_log = row.as_ref().filter(|_| format == FORMAT_OPEN).map(|row| *row.epoch);
+        let mut applied = row.as_ref().map_or(0, |row| row.applied);
+        if format == FORMAT_OPEN {
+            (applied, view.recent) = left_in(&*log, row.as_ref())?;
+        }
         let mut tx = Tx::open(&view, opening, None)?;
         let now = opening.clock.now().max(tx.mark()?);
         tx.check_mode(opening)?;
         tx.note_clock(now, opening.clock.now())?;
         tx.doubt_orphans(opening.boot, now)?;
         let epoch = ByteArray::from(*opening.boot.as_bytes());
-        let row = WalRow { epoch, before: left.epoch.map(ByteArray::from), applied: left.last };
+        let row = WalRow { epoch, applied };
         tx.put_meta(meta::WAL, &row);
         tx.put_meta(meta::FORMAT, &FORMAT_OPEN);
         let (id, salt) = (tx.ledger_id()?, tx.salt()?);
         let opened = tx.into_changes();
         Wal::lay_out(&*log)?;
+        // Before the tree names it. Until then the tree names the one before, which the log names, too.
+        let wal = Wal::begin(log, *row.epoch, in_log, applied)?;
         let txn = begin(&db)?;
         Tables::write(&view.recent, &txn)?;
         Tables::write(&opened, &txn)?;
         txn.commit()?;
-        let wal = Wal::begin(log, *row.epoch, left.epoch, left.last)?;
         Ok(Self {
             view: RwLock::new(View::of(Tree::open(&db)?)),
             wal: Mutex::new(wal),
@@ -396,37 +392,25 @@ impl Drop for RedbStore {
 /// In [`LedgerError::Corrupt`]: the file needs a log that is not there.
 const WAL_MISSING: &str = "ledger with its write-ahead log";
 
-/// What the log has and the tree does not.
-struct Left {
-    /// Whose log it is; `None` where nobody needs it.
-    epoch: Option<Epoch>,
-    /// The number of its last frame.
-    last: u64,
-    /// All changes in one.
-    changes: Changes,
-}
-
-fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<Left, LedgerError> {
+/// What the log has and the tree does not: the number of its last frame, and all changes in one.
+fn left_in(log: &dyn StorageBackend, row: Option<&WalRow>) -> Result<(u64, Changes), LedgerError> {
     let missing = LedgerError::Corrupt(WAL_MISSING);
     let Some(row) = row else { return Err(missing) };
-    let named = wal::epochs(log)?;
-    let (mut last, mut changes) = (row.applied, Changes::default());
-    let mut epochs = [Some(row.epoch), row.before].into_iter().flatten().map(|epoch| *epoch);
-    let Some(epoch) = epochs.find(|epoch| named.contains(&Some(*epoch))) else { return Err(missing) };
-    // A run that could not begin its log has written nothing, and had taken in what the one before had left.
-    if epoch == *row.epoch {
-        for (number, frame) in wal::frames(log, &epoch)? {
-            if number <= last {
-                continue;
-            }
-            if last.checked_add(1) != Some(number) {
-                return Err(missing);
-            }
-            last = number;
-            changes.join(frame);
-        }
+    if !wal::epochs(log)?.contains(&Some(*row.epoch)) {
+        return Err(missing);
     }
-    Ok(Left { epoch: Some(epoch), last, changes })
+    let (mut last, mut changes) = (row.applied, Changes::default());
+    for (number, frame) in wal::frames(log, &row.epoch)? {
+        if number <= last {
+            continue;
+        }
+        if last.checked_add(1) != Some(number) {
+            return Err(missing);
+        }
+        last = number;
+        changes.join(frame);
+    }
+    Ok((last, changes))
 }
 
 /// Where the write-ahead log of a ledger file is.
@@ -458,8 +442,8 @@ pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
         let row = table.get(meta::WAL)?.map(|bytes| row::decode(bytes.value())).transpose()?;
         let file = std::fs::File::open(wal_path(path))
             .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", wal_path(path).display())))?;
-        let left = left_in(&FileBackend::new(file)?, row.as_ref())?;
-        if let Change::Put(binding) = left.changes.get(&META, meta::BINDING.as_bytes()) {
+        let (_, changes) = left_in(&FileBackend::new(file)?, row.as_ref())?;
+        if let Change::Put(binding) = changes.get(&META, meta::BINDING.as_bytes()) {
             return Ok((format, row::decode(binding)?));
         }
     }

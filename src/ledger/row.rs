@@ -151,11 +151,8 @@ pub struct WalRow {
     /// The run of the process whose log it is.
     #[n(0)]
     pub epoch: minicbor::bytes::ByteArray<16>,
-    /// The run whose log is there, taken in whole, for as long as that one has not begun its own.
-    #[n(1)]
-    pub before: Option<minicbor::bytes::ByteArray<16>>,
     /// The number of the last frame that is in the file.
-    #[n(2)]
+    #[n(1)]
     pub applied: u64,
 }
 

@@ -8,8 +8,9 @@
 //!
 //! A frame is its CRC-32 (over the epoch and all that follows), its number and the length of its payload, then
 //! the payload. Numbers go up by one, over all epochs. While one half is taken into the tree, the other one is written;
-//! so nothing is overwritten that the tree does not have. Each run writes the head that the run before did not. What is found at the next start is the run of valid frames
-//! with consecutive numbers: a frame that was cut short ends it, and nobody was told of that one.
+//! so nothing is overwritten that the tree does not have. What is found at the next start is the run of valid frames
+//! with consecutive numbers: a frame that was cut short ends it, and nobody was told of that one. Each run writes the
+//! head that the tree does not name, and then the tree names its own.
 
 use redb::StorageBackend;
 
@@ -130,7 +131,8 @@ impl Wal {
         file.sync_data().map_err(failed)
     }
 
-    /// Begins an epoch behind a frame that the tree has already: what the file held of the epoch `before` is void.
+    /// Begins an epoch behind a frame that the tree has, or will have in a moment: until then `before` stays named, and its
+    /// frames stay.
     pub(crate) fn begin(
         file: Box<dyn StorageBackend>,
         epoch: Epoch,

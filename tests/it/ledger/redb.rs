@@ -5,6 +5,7 @@ use std::sync::Arc;
 use keybrake::audit::{Entry, Event};
 use keybrake::call::Outcome;
 use keybrake::hold::{Facts, Lane};
+use keybrake::id::KeyId;
 use keybrake::ledger::query::AuditFilter;
 use keybrake::ledger::{Admitted, Ledger, LedgerError, Ticked};
 use keybrake::refusal::{Code, Refusal};
@@ -212,10 +213,17 @@ async fn starts_that_fail_do_not_lose_the_log() {
     let key = world.key("k", |_| ()).await;
     world.charged(key, "a", 100).await;
     let killed = file.image();
-    // How many writes and syncs a start has, the first after the kill and the next.
+    world.ledger().close().await.unwrap();
+    for image in [killed, file.image()] {
+        starts_that_fail(&world, key, &image);
+    }
+}
+
+fn starts_that_fail(world: &World, key: KeyId, image: &Image) {
+    // How many writes and syncs a start may make, the first and the next.
     for first in 0.. {
         for second in 0.. {
-            let file = File::of(killed.clone());
+            let file = File::of(image.clone());
             let failed = [first, second].map(|writes| {
                 file.fail_after(writes);
                 let started = file.ledger(world.opening());
