@@ -29,6 +29,7 @@ use crate::clock::ClockWatch;
 use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, LedgerId, RequestId};
 use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::redb::RedbStore;
 use crate::ledger::rules::issuer_revoked;
 use crate::ledger::{Actor, Ending, Ledger, LedgerError};
 use crate::proxy::read::credential;
@@ -171,6 +172,16 @@ impl Admin {
         result.map_err(|error| self.failed(&error))
     }
 
+    /// What the ledger has, where much may have to be looked through for it: not on a thread that serves requests.
+    async fn looked_through<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&RedbStore) -> Result<T, LedgerError> + Send + 'static,
+    ) -> Result<T, Refused> {
+        let ledger = self.ledger.clone();
+        let found = tokio::task::spawn_blocking(move || look(ledger.redb())).await;
+        self.ok(found.unwrap_or_else(|_| Err(LedgerError::Unavailable("the search was cut off".to_owned()))))
+    }
+
     fn checked<T>(&self, result: Result<T, Refusal>) -> Result<T, Refused> {
         result.map_err(|refusal| self.refuse(refusal))
     }
@@ -275,7 +286,7 @@ async fn list_keys(
     if let Some(issuer) = issuer {
         filter.issuer = Some(issuer.id);
     }
-    let page = admin.ok(admin.ledger.redb().keys(&filter, after, limit, now))?;
+    let page = admin.looked_through(move |store| store.keys(&filter, after, limit, now)).await?;
     let data: Vec<Value> = page.items.iter().map(|key| Value::Object(mint::policy(key, now))).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
@@ -343,7 +354,7 @@ async fn list_issuers(
     let mut asked = admin.checked(Asked::read(query))?;
     let (after, limit) = admin.checked(asked.page(IssuerId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.ok(admin.ledger.redb().issuers(after, limit))?;
+    let page = admin.looked_through(move |store| store.issuers(after, limit)).await?;
     let data: Vec<Value> = page.items.iter().map(|issuer| Value::Object(show::issuer(issuer, now))).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
@@ -463,7 +474,7 @@ async fn list_holds(
     let state = admin.checked(asked.hold_state())?;
     let (after, limit) = admin.checked(asked.page(HoldId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.ok(admin.ledger.redb().holds(state.as_deref(), after, limit))?;
+    let page = admin.looked_through(move |store| store.holds(state.as_deref(), after, limit)).await?;
     let data: Vec<Value> = page.items.iter().map(|view| show::hold(&view.hold, view.call.as_ref())).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
@@ -547,7 +558,7 @@ async fn list_calls(
     let filter = admin.checked(asked.calls())?;
     let (after, limit) = admin.checked(asked.page(CallId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.ok(admin.ledger.redb().calls(&filter, after, limit))?;
+    let page = admin.looked_through(move |store| store.calls(&filter, after, limit)).await?;
     let data: Vec<Value> = page.items.iter().map(show::call).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }

@@ -152,27 +152,24 @@ pub fn get(txn: &ReadTransaction, place: u64) -> Result<Option<Sealed>, JournalE
     audit.get(place)?.map(|stored| sealed_of(stored.value())).transpose()
 }
 
-/// Records behind a place, oldest first: at most so many, and no more once they have so many bytes together, but one where
-/// there is one.
+/// The first of these records: at most so many, and no more once they have so many bytes together, but one where there is
+/// one.
 ///
 /// # Errors
-/// [`JournalError`].
-pub fn read_from(
-    txn: &ReadTransaction,
-    after: u64,
+/// Whatever the rows fail with.
+pub fn within<E>(
+    rows: impl Iterator<Item = Result<(u64, Sealed), E>>,
     rows_max: usize,
     bytes_max: usize,
-) -> Result<Vec<(u64, Sealed)>, JournalError> {
-    let Some(audit) = open(txn, AUDIT)? else { return Ok(Vec::new()) };
+) -> Result<Vec<(u64, Sealed)>, E> {
     let (mut records, mut bytes) = (Vec::new(), 0);
-    for found in audit.range(after.saturating_add(1)..)?.take(rows_max) {
-        let (place, stored) = found?;
-        let sealed = sealed_of(stored.value())?;
+    for found in rows.take(rows_max) {
+        let (place, sealed) = found?;
         bytes += sealed.bytes.len();
         if bytes > bytes_max && !records.is_empty() {
             break;
         }
-        records.push((place.value(), sealed));
+        records.push((place, sealed));
     }
     Ok(records)
 }

@@ -21,6 +21,7 @@ pub mod writer;
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
@@ -444,8 +445,11 @@ impl Ledger {
             ticket.settle();
             return Err(LedgerError::Unavailable(why));
         }
-        if self.notes.put(note, ticket) {
-            self.commands.send(Mail::Notes).await.map_err(|_| writer_gone())?;
+        // A full queue is being worked on, and the next batch takes along what lies there.
+        if self.notes.put(note, ticket)
+            && let Err(TrySendError::Closed(_)) = self.commands.try_send(Mail::Notes)
+        {
+            return Err(writer_gone());
         }
         Ok(())
     }

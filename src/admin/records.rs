@@ -11,7 +11,7 @@ use crate::admin::fields::invalid;
 use crate::admin::query::Asked;
 use crate::admin::{Admin, Answer, Reader, Shared, json_answer};
 use crate::journal::AuditFilter;
-use crate::ledger::LedgerError;
+use crate::ledger::redb::RedbStore;
 use crate::refusal::{Code, Refusal};
 use crate::ship::Found;
 
@@ -39,7 +39,7 @@ pub(super) async fn list_records(
     }
     // What was answered before this question is in the answer to it.
     admin.ok(admin.ledger.flush().await)?;
-    let page = admin.ok(admin.ledger.redb().audit(&filter, after, limit))?;
+    let page = admin.looked_through(move |store| store.audit(&filter, after, limit)).await?;
     let data: Vec<Value> = page.items.into_iter().map(Value::Object).collect();
     Ok(records_answer(&headers, &data, page.next, None))
 }
@@ -115,11 +115,7 @@ pub fn records_answer(
 pub(super) async fn verify(State(admin): Shared, headers: HeaderMap) -> Answer {
     admin.admin(&headers)?;
     admin.ok(admin.ledger.flush().await)?;
-    let ledger = admin.ledger.clone();
-    // The whole log is read: not on a thread that serves requests.
-    let state = tokio::task::spawn_blocking(move || ledger.redb().verify_chain()).await;
-    let state = state.unwrap_or_else(|_| Err(LedgerError::Unavailable("the check was cut off".to_owned())));
-    let state = admin.ok(state)?;
+    let state = admin.looked_through(RedbStore::verify_chain).await?;
     let mut answer = json!({
         "whole": state.broken.is_none(),
         "records": state.records,

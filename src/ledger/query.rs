@@ -85,30 +85,18 @@ impl RedbStore {
         self.view().get(&META, &name, row::decode)
     }
 
-    /// Rows of this moment, the newest first.
-    fn newest<K: redb::Key, V: redb::Value, T, F>(
+    /// Rows of this moment. Whoever goes through them keeps nobody from writing.
+    fn rows<K: redb::Key, V: redb::Value, T, F>(
         &self,
         table: &Table<K, V>,
         range: Span<K::SelfType<'_>>,
+        order: Order,
         read: F,
     ) -> Result<Rows<K, V, F>, LedgerError>
     where
         F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
     {
-        self.view().range(table, range, Order::Descending, None, read)
-    }
-
-    /// Rows of this moment, the oldest first.
-    fn oldest<K: redb::Key, V: redb::Value, T, F>(
-        &self,
-        table: &Table<K, V>,
-        range: Span<K::SelfType<'_>>,
-        read: F,
-    ) -> Result<Rows<K, V, F>, LedgerError>
-    where
-        F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
-    {
-        self.view().range(table, range, Order::Ascending, None, read)
+        self.view().range(table, range, order, None, read)
     }
 
     /// To which account and mode the ledger is bound.
@@ -158,7 +146,7 @@ impl RedbStore {
         now: UnixMs,
     ) -> Result<Page<Key, KeyId>, LedgerError> {
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = self.newest(&KEYS, below(&end), |_, key| row::decode(key))?;
+        let mut rows = self.rows(&KEYS, below(&end), Order::Descending, |_, key| row::decode(key))?;
         page(
             &mut rows,
             limit,
@@ -201,7 +189,8 @@ impl RedbStore {
         limit: usize,
     ) -> Result<Page<Issuer, IssuerId>, LedgerError> {
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let mut rows = self.newest(&ISSUERS, below(&end), |_, issuer| row::decode(issuer))?;
+        let mut rows =
+            self.rows(&ISSUERS, below(&end), Order::Descending, |_, issuer| row::decode(issuer))?;
         page(&mut rows, limit, |issuer: &Issuer| issuer.id, |_| true)
     }
 
@@ -228,7 +217,7 @@ impl RedbStore {
     /// [`LedgerError`] when the ledger cannot be read.
     pub fn unsettled_holds(&self, limit: usize) -> Result<Vec<Hold>, LedgerError> {
         let mut holds = Vec::new();
-        for hold in self.oldest(&HOLDS, live_holds(), |_, hold| row::decode::<Hold>(hold))? {
+        for hold in self.rows(&HOLDS, live_holds(), Order::Ascending, |_, hold| row::decode::<Hold>(hold))? {
             let hold = hold?;
             match hold.state {
                 HoldState::Doubt | HoldState::Open => holds.push(hold),
@@ -253,7 +242,7 @@ impl RedbStore {
     ) -> Result<Page<HoldView, HoldId>, LedgerError> {
         let end = after.map_or([255; 16], |id| *id.as_bytes());
         let live = (Bound::Included((PHASE_LIVE, &[0; 16])), Bound::Excluded((PHASE_LIVE, &end)));
-        let mut rows = self.newest(&HOLDS, live, |_, hold| row::decode(hold))?;
+        let mut rows = self.rows(&HOLDS, live, Order::Descending, |_, hold| row::decode(hold))?;
         let holds = page(
             &mut rows,
             limit,
@@ -275,7 +264,7 @@ impl RedbStore {
     pub fn hold_census(&self) -> Result<(BTreeMap<&'static str, u64>, Option<UnixMs>), LedgerError> {
         let mut counts = BTreeMap::from([("sending", 0), ("open", 0), ("doubt", 0)]);
         let mut oldest: Option<UnixMs> = None;
-        for hold in self.oldest(&HOLDS, live_holds(), |_, hold| row::decode::<Hold>(hold))? {
+        for hold in self.rows(&HOLDS, live_holds(), Order::Ascending, |_, hold| row::decode::<Hold>(hold))? {
             let hold = hold?;
             *counts.entry(hold.state.as_str()).or_default() += 1;
             if hold.state == HoldState::Doubt {
@@ -325,7 +314,8 @@ impl RedbStore {
         limit: usize,
     ) -> Result<Page<Call, CallId>, LedgerError> {
         let end = after.map_or([255; 16], |id| *id.as_bytes());
-        let ids = self.newest(&CALL_IDS, below(&end), |id, _| Ok(CallId::from_bytes(*id)))?;
+        let ids =
+            self.rows(&CALL_IDS, below(&end), Order::Descending, |id, _| Ok(CallId::from_bytes(*id)))?;
         // One that went meanwhile is left out.
         let mut rows = ids.filter_map(|id| id.and_then(|id| self.call_by_id(id)).transpose());
         page(&mut rows, limit, |call: &Call| call.id, |call| matches_call(filter, call))
@@ -373,17 +363,9 @@ impl RedbStore {
         bytes_max: usize,
     ) -> Result<Vec<(u64, Sealed)>, LedgerError> {
         let behind = (Bound::Excluded(place), Bound::Unbounded);
-        let rows = self.oldest(&AUDIT, behind, |place, stored| Ok((place, sealed_of(stored)?)))?;
-        let (mut records, mut bytes) = (Vec::new(), 0);
-        for found in rows.take(rows_max) {
-            let (place, sealed) = found?;
-            bytes += sealed.bytes.len();
-            if bytes > bytes_max && !records.is_empty() {
-                break;
-            }
-            records.push((place, sealed));
-        }
-        Ok(records)
+        let rows =
+            self.rows(&AUDIT, behind, Order::Ascending, |place, stored| Ok((place, sealed_of(stored)?)))?;
+        journal::within(rows, rows_max, bytes_max)
     }
 
     /// The hash of the record at a place; `None` when it is not kept any more.

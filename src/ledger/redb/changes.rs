@@ -99,7 +99,7 @@ impl Changes {
         let mut bytes = Vec::with_capacity(4_096);
         for (number, rows) in (0_u8..).zip(&self.tables) {
             for (key, value) in rows {
-                let key_len = u16::try_from(key.len()).map_err(too_long)?;
+                let key_len = u32::try_from(key.len()).map_err(too_long)?;
                 let value_len = value.as_ref().map_or(Ok(REMOVED), |value| u32::try_from(value.len()));
                 bytes.push(number);
                 bytes.extend(key_len.to_le_bytes());
@@ -122,9 +122,9 @@ impl Changes {
         let mut changes = Self::default();
         while let Some((number, rest)) = bytes.split_first() {
             bytes = rest;
-            let key_len = take(&mut bytes, 2)?.try_into().map(u16::from_le_bytes).map_err(|_| CUT)?;
+            let key_len = take(&mut bytes, 4)?.try_into().map(u32::from_le_bytes).map_err(|_| CUT)?;
             let value_len = take(&mut bytes, 4)?.try_into().map(u32::from_le_bytes).map_err(|_| CUT)?;
-            let key = take(&mut bytes, usize::from(key_len))?;
+            let key = take(&mut bytes, usize::try_from(key_len).map_err(|_| CUT)?)?;
             let value = match value_len {
                 REMOVED => None,
                 len => Some(take(&mut bytes, usize::try_from(len).map_err(|_| CUT)?)?.into()),
@@ -149,18 +149,20 @@ mod tests {
         changes.put(&META, &"", &b"".as_slice());
         changes.remove(&AUDIT, &7);
         changes.put(&DUE, &(1, 2, &[3; 16]), &());
+        let long = "x".repeat(70_000);
+        changes.put(&META, &long.as_str(), &b"".as_slice());
         let bytes = changes.encode().unwrap();
         let again = Changes::decode(&bytes).unwrap();
         assert_eq!(again.tables, changes.tables);
         assert!(matches!(again.get(&META, b"a"), Change::Put(b"22")));
         assert!(matches!(again.get(&AUDIT, &7_u64.to_le_bytes()), Change::Removed));
         assert!(matches!(again.get(&AUDIT, &8_u64.to_le_bytes()), Change::None));
-        for cut in 1..bytes.len() {
+        for cut in (1..bytes.len()).step_by(7) {
             // Between two rows it is a whole one again.
             if let Ok(less) = Changes::decode(&bytes[..cut]) {
-                assert!(less.tables.iter().map(HashMap::len).sum::<usize>() < 4);
+                assert!(less.tables.iter().map(HashMap::len).sum::<usize>() < 5);
             }
         }
-        assert!(Changes::decode(&[200, 0, 0, 0, 0, 0, 0]).is_err(), "there is no such table");
+        assert!(Changes::decode(&[200, 0, 0, 0, 0, 0, 0, 0, 0]).is_err(), "there is no such table");
     }
 }
