@@ -9,6 +9,7 @@
 //!   knows what of it survived.
 //! - Nothing in here or below knows Stripe.
 
+pub(crate) mod changes;
 pub mod counter;
 pub mod entry;
 pub mod notes;
@@ -16,6 +17,7 @@ pub mod query;
 pub mod redb;
 pub mod row;
 pub mod rules;
+pub(crate) mod tx;
 pub mod writer;
 
 use std::path::Path;

@@ -2,10 +2,6 @@
 //! the file takes it in later. What a reader sees is both.
 
 pub(super) mod batch;
-pub(crate) mod changes;
-mod endings;
-mod grants;
-pub(crate) mod tx;
 pub(crate) mod upkeep;
 pub(crate) mod view;
 mod wal;
@@ -16,21 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use minicbor::bytes::ByteArray;
 use redb::backends::FileBackend;
-use redb::{Database, Durability, ReadableDatabase, StorageBackend, WriteTransaction};
-use serde_json::{Map, Value};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
 
-use crate::audit::Event;
-use crate::id::{BootId, LedgerId};
+use crate::id::LedgerId;
 use crate::journal::{self, JournalError};
-use crate::ledger::redb::changes::{Change, Changes};
-use crate::ledger::redb::tx::Tx;
+use crate::ledger::changes::{Change, Changes};
 use crate::ledger::redb::view::{Tree, View};
 use crate::ledger::redb::wal::Wal;
-use crate::ledger::row::{
-    self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, live_holds, meta,
-};
-use crate::ledger::rules::resolve;
-use crate::ledger::{LedgerError, Opening, entry};
+use crate::ledger::row::{self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, meta};
+use crate::ledger::tx::Tx;
+use crate::ledger::{LedgerError, Opening};
 use crate::time::{Clock, UnixMs};
 
 macro_rules! storage_errors {
@@ -169,7 +160,7 @@ impl RedbStore {
     fn create(db: &Database, opening: &Opening) -> Result<u32, LedgerError> {
         let txn = begin(db)?;
         // Before anything else is read: nothing else of a newer file needs to be readable.
-        let found = tx::stored_format(&txn)?;
+        let found = stored_format(&txn)?;
         if let Some(found) = found.filter(|found| *found > FORMAT_OPEN) {
             return Err(LedgerError::NewerFormat { found, known: FORMAT_OPEN });
         }
@@ -466,48 +457,11 @@ fn begin(db: &Database) -> Result<WriteTransaction, LedgerError> {
     Ok(txn)
 }
 
-impl Tx<'_> {
-    fn create(&mut self, opening: &Opening, now: UnixMs) -> Result<(), LedgerError> {
-        self.put_meta(meta::FORMAT, &FORMAT_CLOSED);
-        self.put_meta(meta::LEDGER_ID, &opening.fresh_id);
-        self.put_meta(meta::SALT, &ByteArray::from(opening.fresh_salt));
-        let binding =
-            BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
-        self.put_meta(meta::BINDING, &binding);
-        self.begin_first_chain(opening.fresh_id);
-        let mut detail = Map::new();
-        detail.insert("format".to_owned(), Value::from(FORMAT_CLOSED));
-        detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
-        self.append(&entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))
-    }
-
-    fn check_mode(&mut self, opening: &Opening) -> Result<(), LedgerError> {
-        let binding: BindingRow = self.binding()?;
-        if binding.mode == opening.mode.as_str() {
-            return Ok(());
-        }
-        Err(LedgerError::BoundElsewhere {
-            bound: format!("{} mode", binding.mode),
-            offered: format!("{} mode", opening.mode.as_str()),
-        })
-    }
-
-    fn doubt_orphans(&mut self, boot: BootId, now: UnixMs) -> Result<(), LedgerError> {
-        for hold in self.live_holds()? {
-            let Some(key) = self.key(hold.live.as_ref().map_or(hold.key_id, |live| live.key_id))? else {
-                return Err(LedgerError::Contradiction("a live hold has no key"));
-            };
-            let call = self.call_by_id(hold.call_id)?;
-            if let Some(effects) = resolve::orphan(&hold, call.as_ref(), &key, boot, now) {
-                self.write(&effects, now)?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn live_holds(&self) -> Result<Vec<crate::hold::Hold>, LedgerError> {
-        self.range(&row::HOLDS, live_holds(), |_, hold| row::decode(hold))?.collect()
-    }
+/// The format of the file; `None` when it is new.
+fn stored_format(txn: &WriteTransaction) -> Result<Option<u32>, LedgerError> {
+    let table = txn.open_table(META.definition)?;
+    let found = table.get(meta::FORMAT)?;
+    found.map(|bytes| row::decode(bytes.value())).transpose()
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use redb::{Key, ReadOnlyTable, ReadTransaction, TableDefinition, WriteTransactio
 use crate::hold::{Lane, Subject};
 use crate::journal;
 use crate::ledger::LedgerError;
-use crate::ledger::redb::changes::Changes;
+use crate::ledger::changes::Changes;
 use crate::time::Day;
 
 /// The version of all values written by this build.

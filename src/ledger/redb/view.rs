@@ -9,7 +9,7 @@ use std::vec::IntoIter;
 use redb::{AccessGuard, Database, Key, Range, ReadTransaction, ReadableDatabase, StorageError, Value};
 
 use crate::ledger::LedgerError;
-use crate::ledger::redb::changes::{Change, Changes};
+use crate::ledger::changes::{Change, Changes};
 use crate::ledger::row::{Span, Table, Tables};
 
 /// A snapshot of the tree with its tables open.

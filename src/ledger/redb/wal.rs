@@ -15,7 +15,7 @@
 use redb::StorageBackend;
 
 use crate::ledger::LedgerError;
-use crate::ledger::redb::changes::Changes;
+use crate::ledger::changes::Changes;
 
 const MAGIC: &[u8; 16] = b"keybrake wal 1\r\n";
 const EPOCH_BYTES: usize = 16;

@@ -1,10 +1,14 @@
 //! One write transaction: rows in, rows out, and the verbs that change them.
 
+mod endings;
+mod grants;
+mod opening;
+mod upkeep;
+
 use std::ops::Bound;
 
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
-use redb::{ReadableTable, WriteTransaction};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
@@ -15,8 +19,8 @@ use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId, hex};
 use crate::intent::Claim;
 use crate::journal::split_sealed;
 use crate::key::Key;
+use crate::ledger::changes::{Change, Changes};
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
-use crate::ledger::redb::changes::{Change, Changes};
 use crate::ledger::redb::view::{Order, Rows, View};
 use crate::ledger::row::{
     self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS,
@@ -30,7 +34,7 @@ use crate::refusal::Refusal;
 use crate::time::UnixMs;
 
 /// One minute, the window in which equal refusals are counted together.
-pub(super) const MINUTE_MS: u64 = 60_000;
+pub(in crate::ledger) const MINUTE_MS: u64 = 60_000;
 
 /// Refusals of one key in one minute that are told apart; a script that never asks the same twice must not fill the log.
 const REFUSALS_TOLD_MAX: u64 = 30;
@@ -39,27 +43,27 @@ const OTHERS: &str = "others";
 
 /// The end of the audit chain.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Head {
+pub(in crate::ledger) struct Head {
     /// In the log.
-    pub(super) place: u64,
+    pub(in crate::ledger) place: u64,
     /// In its chain.
-    pub(super) seq: u64,
-    pub(super) hash: [u8; 32],
+    pub(in crate::ledger) seq: u64,
+    pub(in crate::ledger) hash: [u8; 32],
     /// The time of the last record: the clock does not go below it.
-    pub(super) at: UnixMs,
+    pub(in crate::ledger) at: UnixMs,
 }
 
 /// What was decided about a money call, and whose caps decided.
-pub(super) struct Judged {
+pub(in crate::ledger) struct Judged {
     /// The key under which it was made.
-    pub(super) key: Key,
+    pub(in crate::ledger) key: Key,
     /// The key that pays.
-    pub(super) payer: Key,
-    pub(super) verdict: Verdict,
+    pub(in crate::ledger) payer: Key,
+    pub(in crate::ledger) verdict: Verdict,
 }
 
 /// A write transaction with what every command needs at hand.
-pub(super) struct Tx<'t> {
+pub(in crate::ledger) struct Tx<'t> {
     view: &'t View,
     /// What this transaction changes.
     changes: Changes,
@@ -70,7 +74,7 @@ pub(super) struct Tx<'t> {
 }
 
 impl<'t> Tx<'t> {
-    pub(super) fn open(
+    pub(in crate::ledger) fn open(
         view: &'t View,
         opening: &'t Opening,
         head: Option<Head>,
@@ -89,12 +93,12 @@ impl<'t> Tx<'t> {
     }
 
     /// All that it changes.
-    pub(super) fn into_changes(self) -> Changes {
+    pub(in crate::ledger) fn into_changes(self) -> Changes {
         self.changes
     }
 
     /// What a row is, by `read`.
-    pub(super) fn get<K: redb::Key, V: redb::Value, T>(
+    pub(in crate::ledger) fn get<K: redb::Key, V: redb::Value, T>(
         &self,
         table: &Table<K, V>,
         key: &K::SelfType<'_>,
@@ -108,7 +112,7 @@ impl<'t> Tx<'t> {
     }
 
     /// Rows in their order, each by `read`.
-    pub(super) fn range<K: redb::Key, V: redb::Value, T, F>(
+    pub(in crate::ledger) fn range<K: redb::Key, V: redb::Value, T, F>(
         &self,
         table: &Table<K, V>,
         range: Span<K::SelfType<'_>>,
@@ -120,7 +124,7 @@ impl<'t> Tx<'t> {
         self.view.range(table, range, Order::Ascending, Some(&self.changes), read)
     }
 
-    pub(super) fn put<K: redb::Key, V: redb::Value>(
+    pub(in crate::ledger) fn put<K: redb::Key, V: redb::Value>(
         &mut self,
         table: &Table<K, V>,
         key: &K::SelfType<'_>,
@@ -129,7 +133,7 @@ impl<'t> Tx<'t> {
         self.changes.put(table, key, value);
     }
 
-    pub(super) fn remove<K: redb::Key, V: redb::Value>(
+    pub(in crate::ledger) fn remove<K: redb::Key, V: redb::Value>(
         &mut self,
         table: &Table<K, V>,
         key: &K::SelfType<'_>,
@@ -137,12 +141,16 @@ impl<'t> Tx<'t> {
         self.changes.remove(table, key);
     }
 
-    pub(super) fn begin_first_chain(&mut self, id: LedgerId) {
+    pub(in crate::ledger) fn begin_first_chain(&mut self, id: LedgerId) {
         (self.ledger_id, self.chain_id) = (id.to_string(), id.to_string());
     }
 
     /// Notes that a collector knows more of this ledger than it does itself.
-    pub(super) fn note_loss(&mut self, collector_seq: u64, now: UnixMs) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn note_loss(
+        &mut self,
+        collector_seq: u64,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
         if self.meta::<LossRow>(meta::LOSS)?.is_some() {
             return Ok(());
         }
@@ -152,7 +160,7 @@ impl<'t> Tx<'t> {
 
     /// An operator takes the ledger as it is: what was lost stays lost, and a new chain begins behind the old one.
     /// Answers whether there was a loss.
-    pub(super) fn accept_loss(
+    pub(in crate::ledger) fn accept_loss(
         &mut self,
         fresh: LedgerId,
         reason: &str,
@@ -181,42 +189,45 @@ impl<'t> Tx<'t> {
         Ok(true)
     }
 
-    pub(super) fn head(&self) -> Head {
+    pub(in crate::ledger) fn head(&self) -> Head {
         self.head
     }
 
     /// The highest time that the file knows to have been used.
-    pub(super) fn mark(&self) -> Result<UnixMs, LedgerError> {
+    pub(in crate::ledger) fn mark(&self) -> Result<UnixMs, LedgerError> {
         let mark: UnixMs = self.meta(meta::CLOCK_MARK)?.unwrap_or_default();
         Ok(mark.max(self.head.at))
     }
 
     // --- meta
 
-    pub(super) fn meta<T: for<'b> Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
+    pub(in crate::ledger) fn meta<T: for<'b> Decode<'b, ()>>(
+        &self,
+        name: &str,
+    ) -> Result<Option<T>, LedgerError> {
         self.get(&META, &name, row::decode)
     }
 
-    pub(super) fn put_meta<T: Encode<()>>(&mut self, name: &str, value: &T) {
+    pub(in crate::ledger) fn put_meta<T: Encode<()>>(&mut self, name: &str, value: &T) {
         self.put(&META, &name, &row::encode(value).as_slice());
     }
 
-    pub(super) fn ledger_id(&self) -> Result<LedgerId, LedgerError> {
+    pub(in crate::ledger) fn ledger_id(&self) -> Result<LedgerId, LedgerError> {
         self.meta(meta::LEDGER_ID)?.ok_or(LedgerError::Corrupt("ledger id"))
     }
 
-    pub(super) fn salt(&self) -> Result<[u8; 32], LedgerError> {
+    pub(in crate::ledger) fn salt(&self) -> Result<[u8; 32], LedgerError> {
         let salt: Option<ByteArray<32>> = self.meta(meta::SALT)?;
         Ok(salt.ok_or(LedgerError::Corrupt("salt"))?.into())
     }
 
-    pub(super) fn binding(&self) -> Result<BindingRow, LedgerError> {
+    pub(in crate::ledger) fn binding(&self) -> Result<BindingRow, LedgerError> {
         self.meta(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))
     }
 
     /// While the mark is ahead of the machine's clock, time seems to stand still, and the window in which a doubt may be
     /// sent again would stay open for longer than Stripe remembers keys.
-    pub(super) fn note_clock(&mut self, now: UnixMs, wall: UnixMs) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn note_clock(&mut self, now: UnixMs, wall: UnixMs) -> Result<(), LedgerError> {
         let is_back = now.millis_since(wall) > CLOCK_SLACK_MS;
         if is_back && self.meta::<UnixMs>(meta::RESEND_FLOOR)?.unwrap_or_default() < now {
             self.put_meta(meta::RESEND_FLOOR, &now);
@@ -224,7 +235,7 @@ impl<'t> Tx<'t> {
         Ok(())
     }
 
-    pub(super) fn lower_clock(
+    pub(in crate::ledger) fn lower_clock(
         &mut self,
         reason: &str,
         actor: &Actor,
@@ -250,7 +261,7 @@ impl<'t> Tx<'t> {
         Ok((now, wall))
     }
 
-    pub(super) fn bind(
+    pub(in crate::ledger) fn bind(
         &mut self,
         account: &str,
         key_digest: [u8; 32],
@@ -280,7 +291,7 @@ impl<'t> Tx<'t> {
         Ok(is)
     }
 
-    pub(super) fn kill_switch(
+    pub(in crate::ledger) fn kill_switch(
         &mut self,
         on: bool,
         reason: &str,
@@ -300,7 +311,7 @@ impl<'t> Tx<'t> {
 
     // --- keys
 
-    pub(super) fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
+    pub(in crate::ledger) fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
         self.get(&KEYS, &id.as_bytes(), row::decode)
     }
 
@@ -310,13 +321,13 @@ impl<'t> Tx<'t> {
         self.get(&CALLS, &&identity.0, row::decode)
     }
 
-    pub(super) fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
+    pub(in crate::ledger) fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
         let identity = self.get(&CALL_IDS, &id.as_bytes(), |identity| Ok(Identity(*identity)))?;
         // A newer call may have taken the identity.
         Ok(identity.map(|identity| self.call(&identity)).transpose()?.flatten().filter(|call| call.id == id))
     }
 
-    pub(super) fn put_call(&mut self, call: &Call) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn put_call(&mut self, call: &Call) -> Result<(), LedgerError> {
         let before = self.call(&call.identity)?;
         self.put(&CALLS, &&call.identity.0, &row::encode(call).as_slice());
         if before.as_ref().is_some_and(|before| before.id == call.id) {
@@ -330,25 +341,25 @@ impl<'t> Tx<'t> {
         Ok(())
     }
 
-    pub(super) fn remove_call(&mut self, call: &Call) {
+    pub(in crate::ledger) fn remove_call(&mut self, call: &Call) {
         self.remove_answer(call.id);
         self.remove(&CALL_IDS, &call.id.as_bytes());
         self.remove(&CALLS, &&call.identity.0);
     }
 
-    pub(super) fn answer(&self, id: CallId) -> Result<Option<StoredAnswer>, LedgerError> {
+    pub(in crate::ledger) fn answer(&self, id: CallId) -> Result<Option<StoredAnswer>, LedgerError> {
         self.get(&ANSWERS, &id.as_bytes(), row::decode)
     }
 
-    pub(super) fn has_answer(&self, id: CallId) -> Result<bool, LedgerError> {
+    pub(in crate::ledger) fn has_answer(&self, id: CallId) -> Result<bool, LedgerError> {
         Ok(self.get(&ANSWERS, &id.as_bytes(), |_| Ok(()))?.is_some())
     }
 
-    pub(super) fn remove_answer(&mut self, id: CallId) {
+    pub(in crate::ledger) fn remove_answer(&mut self, id: CallId) {
         self.remove(&ANSWERS, &id.as_bytes());
     }
 
-    pub(super) fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
+    pub(in crate::ledger) fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
         for phase in [PHASE_LIVE, PHASE_ENDED] {
             if let Some(hold) = self.get(&HOLDS, &(phase, id.as_bytes()), row::decode)? {
                 return Ok(Some(hold));
@@ -357,7 +368,11 @@ impl<'t> Tx<'t> {
         Ok(None)
     }
 
-    pub(super) fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
+    pub(in crate::ledger) fn hold_of_object(
+        &self,
+        account: &str,
+        object: &str,
+    ) -> Result<Option<Hold>, LedgerError> {
         let id = self.get(&OBJECTS, &(account, object), |id| Ok(HoldId::from_bytes(*id)))?;
         id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
@@ -373,13 +388,18 @@ impl<'t> Tx<'t> {
         Ok(())
     }
 
-    pub(super) fn put_due(&mut self, at: UnixMs, kind: u8, id: &[u8; 16]) {
+    pub(in crate::ledger) fn put_due(&mut self, at: UnixMs, kind: u8, id: &[u8; 16]) {
         self.put(&DUE, &(at.millis(), kind, id), &());
     }
 
     // --- verbs
 
-    pub(super) fn judge(&self, key_id: KeyId, admit: &Admit, now: UnixMs) -> Result<Judged, LedgerError> {
+    pub(in crate::ledger) fn judge(
+        &self,
+        key_id: KeyId,
+        admit: &Admit,
+        now: UnixMs,
+    ) -> Result<Judged, LedgerError> {
         let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
         let kill_switch = self.meta::<KillSwitchRow>(meta::KILL_SWITCH)?.is_some();
         let call = self.call(&admit.intent.identity)?;
@@ -437,7 +457,7 @@ impl<'t> Tx<'t> {
         Ok(Judged { key, payer, verdict })
     }
 
-    pub(super) fn resolve(
+    pub(in crate::ledger) fn resolve(
         &mut self,
         hold_id: HoldId,
         call_id: CallId,
@@ -467,7 +487,7 @@ impl<'t> Tx<'t> {
         self.write(&effects, now)
     }
 
-    pub(super) fn observe(
+    pub(in crate::ledger) fn observe(
         &mut self,
         account: &str,
         object: &str,
@@ -495,7 +515,7 @@ impl<'t> Tx<'t> {
 
     /// Writes all effects, the counters that follow from them included. Everything that can contradict is computed
     /// before the first row is touched.
-    pub(super) fn write(&mut self, effects: &Effects, now: UnixMs) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn write(&mut self, effects: &Effects, now: UnixMs) -> Result<(), LedgerError> {
         let mut counters = Counters::default();
         if let Some((was, is)) = &effects.hold {
             for key in was.iter().chain([is]).flat_map(keys_of) {
@@ -554,7 +574,7 @@ impl<'t> Tx<'t> {
 
     // --- records
 
-    pub(super) fn refused(
+    pub(in crate::ledger) fn refused(
         &mut self,
         key_id: KeyId,
         facts: &Facts,
@@ -568,7 +588,7 @@ impl<'t> Tx<'t> {
     }
 
     /// The first refusal of a minute is a record at once; its equals are counted and recorded together later.
-    pub(super) fn count_refusal(
+    pub(in crate::ledger) fn count_refusal(
         &mut self,
         key: &Key,
         facts: &Facts,
@@ -613,7 +633,7 @@ impl<'t> Tx<'t> {
         self.get(&REFUSALS, &(key.as_bytes(), equal, minute), row::decode)
     }
 
-    pub(super) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
         let (Some(at), Some(seq)) = (self.head.place.checked_add(1), self.head.seq.checked_add(1)) else {
             return Err(LedgerError::Unavailable("the audit log has no more numbers".to_owned()));
         };
@@ -630,13 +650,6 @@ impl<'t> Tx<'t> {
         self.head = Head { place: at, seq, hash: sealed.hash, at: time };
         Ok(())
     }
-}
-
-/// The format of the file; `None` when it is new.
-pub(super) fn stored_format(txn: &WriteTransaction) -> Result<Option<u32>, LedgerError> {
-    let table = txn.open_table(META.definition)?;
-    let found = table.get(meta::FORMAT)?;
-    found.map(|bytes| row::decode(bytes.value())).transpose()
 }
 
 fn stored_head(view: &View) -> Result<Head, LedgerError> {
@@ -671,7 +684,7 @@ fn subject_of(facts: &Facts) -> [u8; 8] {
 }
 
 /// When a stored record was written.
-pub(super) fn time_of(record: &[u8]) -> Result<UnixMs, LedgerError> {
+pub(in crate::ledger) fn time_of(record: &[u8]) -> Result<UnixMs, LedgerError> {
     let corrupt = || LedgerError::Corrupt("record");
     let record: Map<String, Value> = serde_json::from_slice(record).map_err(|_| corrupt())?;
     record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).ok_or_else(corrupt)

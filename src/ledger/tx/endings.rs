@@ -6,15 +6,15 @@ use crate::audit::{Entry, Event};
 use crate::call::{Call, EXECUTED_KNOWN_MS};
 use crate::hold::{Hold, HoldState, Search};
 use crate::id::{CallId, HoldId};
-use crate::ledger::redb::tx::Tx;
 use crate::ledger::row::{self, HOLDS, PHASE_LIVE};
 use crate::ledger::rules::Effects;
 use crate::ledger::rules::resolve::{self, EndDoubt, InFlight};
+use crate::ledger::tx::Tx;
 use crate::ledger::{Actor, Ending, LedgerError, entry};
 use crate::time::UnixMs;
 
 impl Tx<'_> {
-    pub(super) fn end_doubt(
+    pub(in crate::ledger) fn end_doubt(
         &mut self,
         hold_id: HoldId,
         end: &EndDoubt,
@@ -51,7 +51,7 @@ impl Tx<'_> {
     }
 
     /// Keeps what was looked for to end a doubt.
-    pub(super) fn note_search(
+    pub(in crate::ledger) fn note_search(
         &mut self,
         hold_id: HoldId,
         read: &str,
@@ -75,7 +75,7 @@ impl Tx<'_> {
         Ok(())
     }
 
-    pub(super) fn forget_call(
+    pub(in crate::ledger) fn forget_call(
         &mut self,
         call_id: CallId,
         reason: &str,

@@ -6,20 +6,25 @@ use crate::audit::Event;
 use crate::id::{BudgetId, IssuerId, KeyId};
 use crate::issuer::Issuer;
 use crate::key::{Idempotency, Key};
-use crate::ledger::redb::tx::Tx;
 use crate::ledger::row::{
     self, BUDGETS, BudgetRow, DUE_KEY, ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS,
 };
+use crate::ledger::tx::Tx;
 use crate::ledger::{Actor, LedgerError, entry};
 use crate::refusal::{Code, Refusal};
 use crate::time::{DAY_MS, UnixMs};
 
 impl Tx<'_> {
-    pub(super) fn put_key(&mut self, key: &Key) {
+    pub(in crate::ledger) fn put_key(&mut self, key: &Key) {
         self.put(&KEYS, &key.id.as_bytes(), &row::encode(key).as_slice());
     }
 
-    pub(super) fn issue_key(&mut self, key: &Key, actor: &Actor, now: UnixMs) -> Result<(), LedgerError> {
+    pub(in crate::ledger) fn issue_key(
+        &mut self,
+        key: &Key,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<(), LedgerError> {
         self.put_key(key);
         self.put(&KEY_DIGESTS, &&key.digest, &(KEY_KIND_VAULT, key.id.as_bytes()));
         let look_at = key.expires_at.plus_millis(u64::from(key.remember_days).saturating_mul(DAY_MS));
@@ -27,7 +32,12 @@ impl Tx<'_> {
         self.append(&entry::of_admin(now, Event::KeyIssued, &actor.0, Some(key), policy_detail(key)))
     }
 
-    pub(super) fn revoke_key(&mut self, id: KeyId, actor: &Actor, now: UnixMs) -> Result<Key, LedgerError> {
+    pub(in crate::ledger) fn revoke_key(
+        &mut self,
+        id: KeyId,
+        actor: &Actor,
+        now: UnixMs,
+    ) -> Result<Key, LedgerError> {
         let mut key = self.key(id)?.ok_or(LedgerError::NotFound)?;
         if key.revoked_at.is_none() {
             key.revoked_at = Some(now);
@@ -42,13 +52,13 @@ impl Tx<'_> {
     }
 
     /// The issuer that minted a key. One that is gone is a contradiction: its limits would be gone with it.
-    pub(super) fn issuer_of(&self, key: &Key) -> Result<Option<Issuer>, LedgerError> {
+    pub(in crate::ledger) fn issuer_of(&self, key: &Key) -> Result<Option<Issuer>, LedgerError> {
         let Some(id) = key.issuer else { return Ok(None) };
         let issuer = self.issuer(id)?;
         Ok(Some(issuer.ok_or(LedgerError::Contradiction("a key has no issuer"))?))
     }
 
-    pub(super) fn create_issuer(
+    pub(in crate::ledger) fn create_issuer(
         &mut self,
         issuer: &Issuer,
         actor: &Actor,
@@ -59,7 +69,7 @@ impl Tx<'_> {
         self.append(&entry::of_issuer(now, Event::IssuerCreated, &actor.0, issuer))
     }
 
-    pub(super) fn revoke_issuer(
+    pub(in crate::ledger) fn revoke_issuer(
         &mut self,
         id: IssuerId,
         actor: &Actor,
@@ -80,13 +90,13 @@ impl Tx<'_> {
 
     // --- budgets
 
-    pub(super) fn is_stopped(&self, key: &Key) -> Result<bool, LedgerError> {
+    pub(in crate::ledger) fn is_stopped(&self, key: &Key) -> Result<bool, LedgerError> {
         let Some(budget) = key.budget_id() else { return Ok(false) };
         Ok(self.get(&BUDGETS, &budget.as_bytes(), |_| Ok(()))?.is_some())
     }
 
     /// The first cap refusal under a budget whose keys want it so stops them all.
-    pub(super) fn stop_budget(
+    pub(in crate::ledger) fn stop_budget(
         &mut self,
         key: &Key,
         refusal: &Refusal,
@@ -109,7 +119,7 @@ impl Tx<'_> {
         self.append(&entry::of_admin(now, Event::BudgetStopped, "keybrake", Some(key), detail))
     }
 
-    pub(super) fn resume_budget(
+    pub(in crate::ledger) fn resume_budget(
         &mut self,
         issuer: Option<IssuerId>,
         name: &str,
