@@ -10,8 +10,10 @@
 //! - Nothing in here or below knows Stripe.
 
 pub(crate) mod changes;
+pub mod command;
 pub mod counter;
 pub mod entry;
+mod execute;
 pub mod notes;
 pub mod query;
 pub mod redb;
@@ -23,8 +25,8 @@ pub mod writer;
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, oneshot};
 
 use crate::audit::Entry;
 use crate::call::{Call, KeyBasis, Outcome, RESEND_WITHIN_MS, Record, StoredAnswer};
@@ -33,12 +35,13 @@ use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::intent::HoldMark;
 use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::command::{Command, Reply};
 use crate::ledger::notes::{Note, Notes};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
 use crate::ledger::rules::{Admit, Executed};
-use crate::ledger::writer::{Command, Mail};
+use crate::ledger::writer::Mail;
 use crate::money::Money;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
@@ -586,11 +589,8 @@ impl Ledger {
         self.ask(|reply| Command::Tick { reply }).await
     }
 
-    async fn ask<T>(
-        &self,
-        command: impl FnOnce(oneshot::Sender<Result<T, LedgerError>>) -> Command,
-    ) -> Result<T, LedgerError> {
-        let (reply, answer) = oneshot::channel();
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, LedgerError> {
+        let (reply, answer) = Reply::channel();
         self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
         answer.await.map_err(|_| writer_gone())?
     }

@@ -471,6 +471,7 @@ mod tests {
     use redb::backends::InMemoryBackend;
 
     use super::*;
+    use crate::id::BootId;
     use crate::secret::Mode;
 
     fn opening() -> Opening {

@@ -8,59 +8,17 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use crate::audit::Entry;
-use crate::call::{Call, Record};
-use crate::hold::Facts;
-use crate::id::{CallId, HoldId, IssuerId, KeyId, LedgerId};
-use crate::issuer::Issuer;
-use crate::key::Key;
-use crate::ledger::notes::{NOTES_WAIT_MS, Note, Notes, Ticket};
+use crate::ledger::command::{Command, Reply};
+use crate::ledger::notes::{NOTES_WAIT_MS, Notes};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::redb::batch::Writer;
-use crate::ledger::row::BindingRow;
-use crate::ledger::rules::Admit;
-use crate::ledger::rules::resolve::{EndDoubt, Resolve};
-use crate::ledger::{Actor, Admitted, Ending, LedgerError, Opening, Ticked};
-use crate::refusal::Refusal;
-use crate::time::UnixMs;
+use crate::ledger::{LedgerError, Opening, Ticked};
 
 /// Commands that share one commit.
 const BATCH_COMMANDS_MAX: usize = 256;
-
-/// Where the answer to a command goes, once it is durable.
-pub type Reply<T> = oneshot::Sender<Result<T, LedgerError>>;
-
-/// Everything that changes the ledger. As data, so that a store may load what a whole batch needs at once.
-#[derive(Debug)]
-#[expect(missing_docs, reason = "each variant is the verb of the same name on `Ledger`, with its arguments")]
-pub enum Command {
-    Admit { key_id: KeyId, admit: Box<Admit>, reply: Reply<Admitted> },
-    Resolve { hold_id: HoldId, call_id: CallId, resolve: Box<Resolve>, reply: Reply<()> },
-    CreateIssuer { issuer: Box<Issuer>, actor: Actor, reply: Reply<()> },
-    RevokeIssuer { issuer_id: IssuerId, actor: Actor, reply: Reply<Issuer> },
-    ResumeBudget { issuer: Option<IssuerId>, name: String, reason: String, actor: Actor, reply: Reply<bool> },
-    EndDoubt { hold_id: HoldId, end: Box<EndDoubt>, reply: Reply<Ending> },
-    NoteSearch { hold_id: HoldId, read: String, came_to: String, reply: Reply<()> },
-    ForgetCall { call_id: CallId, reason: String, actor: Actor, reply: Reply<Option<Call>> },
-    Observe { account: String, object: String, facts: Box<Facts>, record: Record, reply: Reply<()> },
-    Refused { key_id: KeyId, facts: Box<Facts>, refusal: Box<Refusal>, duration_ms: u64, reply: Reply<()> },
-    Record { entry: Box<Entry>, reply: Reply<()> },
-    Note { note: Note, ticket: Ticket },
-    IssueKey { key: Box<Key>, actor: Actor, reply: Reply<()> },
-    RevokeKey { key_id: KeyId, actor: Actor, reply: Reply<Key> },
-    KillSwitch { on: bool, reason: String, actor: Actor, reply: Reply<()> },
-    Bind { account: String, key_digest: [u8; 32], reply: Reply<BindingRow> },
-    LowerClock { reason: String, actor: Actor, reply: Reply<(UnixMs, UnixMs)> },
-    Shipped { to: u64, reply: Reply<()> },
-    NoteLoss { collector_seq: u64, reply: Reply<()> },
-    AcceptLoss { fresh: LedgerId, reason: String, actor: Actor, reply: Reply<bool> },
-    Flush { reply: Reply<()> },
-    Close { reply: Reply<()> },
-    Tick { reply: Reply<Ticked> },
-}
 
 /// What the writer hears of.
 #[derive(Debug)]
@@ -120,12 +78,12 @@ fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
                 Chore::Settle if store.is_filling() => drop(store.settle()),
                 Chore::Settle => {}
                 // Whoever asked may have gone.
-                Chore::KeepUp { left, reply } => {
+                Chore::KeepUp { left, mut reply } => {
                     let ticked =
                         store.keep_up(&opening).map(|ticked| if left { Ticked::GoOn } else { ticked });
-                    drop(reply.send(ticked));
+                    reply.tell(ticked);
                 }
-                Chore::Close(reply) => drop(reply.send(store.close())),
+                Chore::Close(mut reply) => reply.tell(store.close()),
             }));
             if done.is_err() {
                 store.fail(&LedgerError::Unavailable("what takes its log into the tree panicked".to_owned()));
@@ -161,6 +119,6 @@ async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -> Option<Ve
             Err(_) => timeout_at(until, mail.recv()).await.ok().flatten(),
         };
     }
-    let notes = notes.take().into_iter().map(|(note, ticket)| Command::Note { note, ticket });
+    let notes = notes.take().into_iter().map(|(note, ticket)| Command::Note { note, ticket: Some(ticket) });
     Some(notes.chain(commands).collect())
 }
