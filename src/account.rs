@@ -105,8 +105,8 @@ impl AccountState {
 ///
 /// # Errors
 /// [`LedgerError`] when the ledger cannot be read.
-pub fn recall(state: &AccountState, ledger: &Ledger, forwarder: &Forwarder) -> Result<(), LedgerError> {
-    let binding = ledger.redb().binding()?;
+pub async fn recall(state: &AccountState, ledger: &Ledger, forwarder: &Forwarder) -> Result<(), LedgerError> {
+    let binding = ledger.read(|reader| reader.binding()).await?;
     let verified = binding.verified_key.is_some_and(|digest| *digest == forwarder.key_digest());
     if let (Some(account), true) = (binding.account, verified) {
         state.know(account);

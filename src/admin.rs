@@ -29,7 +29,6 @@ use crate::clock::ClockWatch;
 use crate::id::{BudgetId, CallId, HoldId, IssuerId, KeyId, LedgerId, RequestId};
 use crate::issuer::Issuer;
 use crate::key::Key;
-use crate::ledger::redb::RedbStore;
 use crate::ledger::rules::issuer_revoked;
 use crate::ledger::{Actor, Ending, Ledger, LedgerError};
 use crate::proxy::read::credential;
@@ -113,31 +112,39 @@ impl Admin {
         })
     }
 
-    fn reader(&self, headers: &HeaderMap) -> Result<Reader, Refused> {
+    async fn reader(&self, headers: &HeaderMap) -> Result<Reader, Refused> {
         let unknown = || self.refuse(Refusal::new(Code::VaultKeyInvalid, "This key opens nothing here."));
         let sent = credential(headers).map_err(|_| {
             self.refuse(Refusal::new(Code::VaultKeyInvalid, "Send a key: 'Authorization: Bearer …'."))
         })?;
-        let admin = self.admin_keys.read().unwrap_or_else(PoisonError::into_inner);
         // Every key is compared, so that the time says nothing about which one was close.
-        if admin.iter().fold(false, |found, key| key.matches(&sent) | found) {
+        let is_admin = {
+            let admin = self.admin_keys.read().unwrap_or_else(PoisonError::into_inner);
+            admin.iter().fold(false, |found, key| key.matches(&sent) | found)
+        };
+        if is_admin {
             return Ok(Reader::Admin);
         }
-        drop(admin);
         let secret = KeySecret::parse(&sent).ok_or_else(unknown)?;
         let (digest, now) = (secret.digest().0, self.ledger.now());
         let dead = |refusal| self.refuse(refusal);
         match secret.kind() {
             KeyKind::Issuer => {
-                let issuer = self.ok(self.ledger.redb().issuer_by_digest(&digest))?.ok_or_else(unknown)?;
+                let issuer = self
+                    .ok(self.ledger.read(|reader| reader.issuer_by_digest(&digest)).await)?
+                    .ok_or_else(unknown)?;
                 issuer.alive(now).map_err(dead)?;
                 Ok(Reader::Issuer(Box::new(issuer)))
             }
             KeyKind::Vault => {
-                let key = self.ok(self.ledger.redb().key_by_digest(&digest))?.ok_or_else(unknown)?;
+                let found = self.ledger.read(|reader| {
+                    let Some(key) = reader.key_by_digest(&digest)? else { return Ok(None) };
+                    let issuer = key.issuer.map(|id| reader.issuer(id)).transpose()?.flatten();
+                    Ok(Some((key, issuer)))
+                });
+                let (key, issuer) = self.ok(found.await)?.ok_or_else(unknown)?;
                 key.alive(now).map_err(dead)?;
-                let issuer = key.issuer.map(|id| self.ledger.redb().issuer(id)).transpose();
-                if self.ok(issuer)?.flatten().is_some_and(|issuer| issuer.revoked_at.is_some()) {
+                if issuer.is_some_and(|issuer| issuer.revoked_at.is_some()) {
                     return Err(dead(issuer_revoked()));
                 }
                 Ok(Reader::VaultKey(Box::new(key)))
@@ -145,16 +152,16 @@ impl Admin {
         }
     }
 
-    fn admin(&self, headers: &HeaderMap) -> Result<Actor, Refused> {
-        match self.reader(headers)? {
+    async fn admin(&self, headers: &HeaderMap) -> Result<Actor, Refused> {
+        match self.reader(headers).await? {
             Reader::Admin => Ok(Actor("admin".to_owned())),
             Reader::Issuer(_) | Reader::VaultKey(_) => Err(self.needs_admin()),
         }
     }
 
     /// The admin key, or an issuer key for what it minted itself.
-    fn minter(&self, headers: &HeaderMap) -> Result<(Actor, Option<Issuer>), Refused> {
-        match self.reader(headers)? {
+    async fn minter(&self, headers: &HeaderMap) -> Result<(Actor, Option<Issuer>), Refused> {
+        match self.reader(headers).await? {
             Reader::Admin => Ok((Actor("admin".to_owned()), None)),
             Reader::Issuer(issuer) => Ok((Actor(issuer.id.to_string()), Some(*issuer))),
             Reader::VaultKey(_) => Err(self.needs_admin()),
@@ -170,16 +177,6 @@ impl Admin {
 
     fn ok<T>(&self, result: Result<T, LedgerError>) -> Result<T, Refused> {
         result.map_err(|error| self.failed(&error))
-    }
-
-    /// What the ledger has, where much may have to be looked through for it: not on a thread that serves requests.
-    async fn looked_through<T: Send + 'static>(
-        &self,
-        look: impl FnOnce(&RedbStore) -> Result<T, LedgerError> + Send + 'static,
-    ) -> Result<T, Refused> {
-        let ledger = self.ledger.clone();
-        let found = tokio::task::spawn_blocking(move || look(ledger.redb())).await;
-        self.ok(found.unwrap_or_else(|_| Err(LedgerError::Unavailable("the search was cut off".to_owned()))))
     }
 
     fn checked<T>(&self, result: Result<T, Refusal>) -> Result<T, Refused> {
@@ -249,7 +246,7 @@ async fn unknown_method(State(admin): Shared) -> Refused {
 // --- keys
 
 async fn issue_key(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let (actor, issuer) = admin.minter(&headers)?;
+    let (actor, issuer) = admin.minter(&headers).await?;
     let now = admin.ledger.now();
     let secret = KeySecret::new(KeyKind::Vault, admin.account.mode(), random::bytes());
     let birth = Birth {
@@ -277,7 +274,7 @@ async fn list_keys(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    let (_, issuer) = admin.minter(&headers)?;
+    let (_, issuer) = admin.minter(&headers).await?;
     let now = admin.ledger.now();
     let mut asked = admin.checked(Asked::read(query))?;
     let mut filter = admin.checked(asked.keys())?;
@@ -286,32 +283,37 @@ async fn list_keys(
     if let Some(issuer) = issuer {
         filter.issuer = Some(issuer.id);
     }
-    let page = admin.looked_through(move |store| store.keys(&filter, after, limit, now)).await?;
+    let page = admin.ok(admin.ledger.search(move |reader| reader.keys(&filter, after, limit, now)).await)?;
     let data: Vec<Value> = page.items.iter().map(|key| Value::Object(mint::policy(key, now))).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let id = KeyId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
-    let key = admin.ok(admin.ledger.redb().key(id))?.ok_or_else(|| admin.refuse(not_found()))?;
-    with_spend(&admin, &key)
+    let key = admin
+        .ok(admin.ledger.read(|reader| reader.key(id)).await)?
+        .ok_or_else(|| admin.refuse(not_found()))?;
+    with_spend(&admin, &key).await
 }
 
-fn with_spend(admin: &Admin, key: &Key) -> Answer {
+async fn with_spend(admin: &Admin, key: &Key) -> Answer {
     let now = admin.ledger.now();
     let mut answer = mint::policy(key, now);
     answer.insert("mode".to_owned(), Value::from(admin.account.mode().as_str()));
-    answer.insert("spend".to_owned(), admin.ok(show::spend(&admin.ledger, key, now))?);
+    answer.insert(
+        "spend".to_owned(),
+        admin.ok(admin.ledger.read(|reader| show::spend(reader, key, now)).await)?,
+    );
     Ok(json_answer(StatusCode::OK, &Value::Object(answer)))
 }
 
 async fn revoke_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    let (actor, issuer) = admin.minter(&headers)?;
+    let (actor, issuer) = admin.minter(&headers).await?;
     let id = KeyId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
     if let Some(issuer) = issuer {
         // Another's key is not told apart from one that does not exist.
-        let key = admin.ok(admin.ledger.redb().key(id))?;
+        let key = admin.ok(admin.ledger.read(|reader| reader.key(id)).await)?;
         key.filter(|key| key.issuer == Some(issuer.id)).ok_or_else(|| admin.refuse(not_found()))?;
     }
     let key = admin.ok(admin.ledger.revoke_key(id, actor).await)?;
@@ -319,8 +321,8 @@ async fn revoke_key(State(admin): Shared, headers: HeaderMap, Path(id): Path<Str
 }
 
 async fn own_key(State(admin): Shared, headers: HeaderMap) -> Answer {
-    match admin.reader(&headers)? {
-        Reader::VaultKey(key) => with_spend(&admin, &key),
+    match admin.reader(&headers).await? {
+        Reader::VaultKey(key) => with_spend(&admin, &key).await,
         Reader::Admin | Reader::Issuer(_) => {
             Err(admin
                 .refuse(Refusal::new(Code::VaultKeyInvalid, "Send a vault key: this path tells of itself.")))
@@ -331,7 +333,7 @@ async fn own_key(State(admin): Shared, headers: HeaderMap) -> Answer {
 // --- issuers and budgets
 
 async fn create_issuer(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let now = admin.ledger.now();
     let secret = KeySecret::new(KeyKind::Issuer, admin.account.mode(), random::bytes());
     let id = IssuerId::new(now, random::bytes());
@@ -349,27 +351,33 @@ async fn list_issuers(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let now = admin.ledger.now();
     let mut asked = admin.checked(Asked::read(query))?;
     let (after, limit) = admin.checked(asked.page(IssuerId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.looked_through(move |store| store.issuers(after, limit)).await?;
+    let page = admin.ok(admin.ledger.search(move |reader| reader.issuers(after, limit)).await)?;
     let data: Vec<Value> = page.items.iter().map(|issuer| Value::Object(show::issuer(issuer, now))).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_issuer(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let id = IssuerId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
-    let issuer = admin.ok(admin.ledger.redb().issuer(id))?.ok_or_else(|| admin.refuse(not_found()))?;
-    let mut answer = show::issuer(&issuer, admin.ledger.now());
-    answer.insert("spend".to_owned(), admin.ok(show::issuer_spend(&admin.ledger, &issuer))?);
+    let issuer = admin
+        .ok(admin.ledger.read(|reader| reader.issuer(id)).await)?
+        .ok_or_else(|| admin.refuse(not_found()))?;
+    let now = admin.ledger.now();
+    let mut answer = show::issuer(&issuer, now);
+    answer.insert(
+        "spend".to_owned(),
+        admin.ok(admin.ledger.read(|reader| show::issuer_spend(reader, &issuer, now)).await)?,
+    );
     Ok(json_answer(StatusCode::OK, &Value::Object(answer)))
 }
 
 async fn revoke_issuer(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let id = IssuerId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
     let issuer = admin.ok(admin.ledger.revoke_issuer(id, actor).await)?;
     Ok(json_answer(StatusCode::OK, &Value::Object(show::issuer(&issuer, admin.ledger.now()))))
@@ -388,9 +396,9 @@ async fn show_budget(
     headers: HeaderMap,
     Path((owner, name)): Path<(String, String)>,
 ) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let issuer = budget_owner(&admin, &owner)?;
-    budget(&admin, &owner, issuer, &name)
+    budget(&admin, &owner, issuer, &name).await
 }
 
 async fn resume_budget(
@@ -399,19 +407,21 @@ async fn resume_budget(
     Path((owner, name)): Path<(String, String)>,
     body: Bytes,
 ) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let issuer = budget_owner(&admin, &owner)?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let reason = admin.checked(fields.reason())?;
     admin.checked(fields.finish())?;
     admin.ok(admin.ledger.resume_budget(issuer, name.clone(), reason, actor).await)?;
-    budget(&admin, &owner, issuer, &name)
+    budget(&admin, &owner, issuer, &name).await
 }
 
-fn budget(admin: &Admin, owner: &str, issuer: Option<IssuerId>, name: &str) -> Answer {
+async fn budget(admin: &Admin, owner: &str, issuer: Option<IssuerId>, name: &str) -> Answer {
     let id = BudgetId::of(issuer, name);
-    let stopped = admin.ok(admin.ledger.redb().stopped_budget(id))?;
-    let spend = admin.ok(show::budget_spend(&admin.ledger, id))?;
+    let now = admin.ledger.now();
+    let found =
+        admin.ledger.read(|reader| Ok((reader.stopped_budget(id)?, show::budget_spend(reader, id, now)?)));
+    let (stopped, spend) = admin.ok(found.await)?;
     Ok(json_answer(
         StatusCode::OK,
         &json!({
@@ -428,22 +438,22 @@ fn budget(admin: &Admin, owner: &str, issuer: Option<IssuerId>, name: &str) -> A
 // --- operator
 
 async fn set_kill_switch(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let on: bool = admin.checked(fields.need("on", "true or false"))?;
     let reason = admin.checked(fields.reason())?;
     admin.checked(fields.finish())?;
     admin.ok(admin.ledger.set_kill_switch(on, reason, actor).await)?;
-    kill_switch(&admin)
+    kill_switch(&admin).await
 }
 
 async fn show_kill_switch(State(admin): Shared, headers: HeaderMap) -> Answer {
-    admin.admin(&headers)?;
-    kill_switch(&admin)
+    admin.admin(&headers).await?;
+    kill_switch(&admin).await
 }
 
-fn kill_switch(admin: &Admin) -> Answer {
-    let row = admin.ok(admin.ledger.redb().kill_switch())?;
+async fn kill_switch(admin: &Admin) -> Answer {
+    let row = admin.ok(admin.ledger.read(|reader| reader.kill_switch()).await)?;
     Ok(json_answer(
         StatusCode::OK,
         &json!({
@@ -455,7 +465,7 @@ fn kill_switch(admin: &Admin) -> Answer {
 }
 
 async fn lower_clock(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let reason = admin.checked(fields.reason())?;
     admin.checked(fields.finish())?;
@@ -469,25 +479,28 @@ async fn list_holds(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let mut asked = admin.checked(Asked::read(query))?;
     let state = admin.checked(asked.hold_state())?;
     let (after, limit) = admin.checked(asked.page(HoldId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.looked_through(move |store| store.holds(state.as_deref(), after, limit)).await?;
+    let page =
+        admin.ok(admin.ledger.search(move |reader| reader.holds(state.as_deref(), after, limit)).await)?;
     let data: Vec<Value> = page.items.iter().map(|view| show::hold(&view.hold, view.call.as_ref())).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_hold(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let id = HoldId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
-    shown_hold(&admin, id)
+    shown_hold(&admin, id).await
 }
 
-fn shown_hold(admin: &Admin, id: HoldId) -> Answer {
-    let hold = admin.ok(admin.ledger.redb().hold(id))?.ok_or_else(|| admin.refuse(not_found()))?;
-    let call = admin.ok(admin.ledger.redb().call_by_id(hold.call_id))?;
+async fn shown_hold(admin: &Admin, id: HoldId) -> Answer {
+    let hold = admin
+        .ok(admin.ledger.read(|reader| reader.hold(id)).await)?
+        .ok_or_else(|| admin.refuse(not_found()))?;
+    let call = admin.ok(admin.ledger.read(|reader| reader.call_by_id(hold.call_id)).await)?;
     Ok(json_answer(StatusCode::OK, &show::hold(&hold, call.as_ref())))
 }
 
@@ -498,13 +511,13 @@ async fn resolve_hold(
     Path(id): Path<String>,
     body: Bytes,
 ) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let id = HoldId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
     let end = admin.checked(operator::end_of(&body, &actor))?;
     let what = match admin.ok(admin.ledger.end_doubt(id, end).await)? {
         Ending::Ended => {
             admin.metrics.doubts_settled.get_or_create(&EndLabels { by: "operator" }).inc();
-            return shown_hold(&admin, id);
+            return shown_hold(&admin, id).await;
         }
         Ending::NotInDoubt => "This hold is not in doubt, so there is nothing to resolve.",
         Ending::OfAnother => "The object belongs to another hold: one object stands for one charge.",
@@ -519,7 +532,7 @@ async fn forget_call(
     Path(id): Path<String>,
     body: Bytes,
 ) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let id = CallId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let reason = admin.checked(fields.reason())?;
@@ -534,7 +547,7 @@ async fn forget_call(
 }
 
 async fn accept_loss(State(admin): Shared, headers: HeaderMap, body: Bytes) -> Answer {
-    let actor = admin.admin(&headers)?;
+    let actor = admin.admin(&headers).await?;
     let mut fields = admin.checked(Fields::parse(&body))?;
     let reason = admin.checked(fields.reason())?;
     admin.checked(fields.finish())?;
@@ -553,20 +566,22 @@ async fn list_calls(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let mut asked = admin.checked(Asked::read(query))?;
     let filter = admin.checked(asked.calls())?;
     let (after, limit) = admin.checked(asked.page(CallId::parse))?;
     admin.checked(asked.finish())?;
-    let page = admin.looked_through(move |store| store.calls(&filter, after, limit)).await?;
+    let page = admin.ok(admin.ledger.search(move |reader| reader.calls(&filter, after, limit)).await)?;
     let data: Vec<Value> = page.items.iter().map(show::call).collect();
     Ok(list(&data, page.next.map(|id| id.to_string()).as_deref()))
 }
 
 async fn show_call(State(admin): Shared, headers: HeaderMap, Path(id): Path<String>) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     let id = CallId::parse(&id).ok_or_else(|| admin.refuse(not_found()))?;
-    let call = admin.ok(admin.ledger.redb().call_by_id(id))?.ok_or_else(|| admin.refuse(not_found()))?;
+    let call = admin
+        .ok(admin.ledger.read(|reader| reader.call_by_id(id)).await)?
+        .ok_or_else(|| admin.refuse(not_found()))?;
     Ok(json_answer(StatusCode::OK, &show::call(&call)))
 }
 

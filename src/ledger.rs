@@ -14,17 +14,20 @@ pub mod command;
 pub mod counter;
 pub mod entry;
 mod execute;
+pub(crate) mod loaded;
 pub mod notes;
 pub mod query;
 pub mod redb;
 pub mod row;
 pub mod rules;
+pub(crate) mod source;
 pub(crate) mod tx;
 pub mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -37,10 +40,12 @@ use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::command::{Command, Reply};
 use crate::ledger::notes::{Note, Notes};
+use crate::ledger::query::{AuditFilter, Page, Reader};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
 use crate::ledger::rules::{Admit, Executed};
+use crate::ledger::source::Source;
 use crate::ledger::writer::Mail;
 use crate::money::Money;
 use crate::refusal::Refusal;
@@ -301,28 +306,67 @@ impl Ledger {
 
     /// The ledger's id.
     pub fn id(&self) -> LedgerId {
-        self.redb().id()
+        let Store::Redb(store) = &self.store;
+        store.id()
     }
 
     /// The salt of its digests.
     pub fn salt(&self) -> &[u8; 32] {
-        self.redb().salt()
+        let Store::Redb(store) = &self.store;
+        store.salt()
     }
 
     /// The time: the machine's clock, held where it was when that is set back.
     pub fn now(&self) -> UnixMs {
-        self.redb().now()
+        let Store::Redb(store) = &self.store;
+        store.now()
     }
 
     /// Why nothing can be written any more; `None` while all is well.
     pub fn failure(&self) -> Option<String> {
-        self.redb().failure()
+        let Store::Redb(store) = &self.store;
+        store.failure()
     }
 
-    /// The store, for reads: the verbs of [`query`] are there.
-    pub fn redb(&self) -> &RedbStore {
+    /// Reads what is durable. `look` may be asked again, when rows have to be fetched for it first.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when the ledger cannot be read, or what `look` says.
+    #[expect(clippy::unused_async, reason = "not every store has its rows at hand")]
+    pub async fn read<T>(
+        &self,
+        look: impl Fn(&Reader<'_>) -> Result<T, LedgerError>,
+    ) -> Result<T, LedgerError> {
         let Store::Redb(store) = &self.store;
-        store
+        look(&Reader::of(Source::Store(store), store.id()))
+    }
+
+    /// The same, where much may have to be looked through for it: not on a thread that serves requests.
+    ///
+    /// # Errors
+    /// As [`Ledger::read`].
+    pub async fn search<T: Send + 'static>(
+        &self,
+        look: impl Fn(&Reader<'_>) -> Result<T, LedgerError> + Send + 'static,
+    ) -> Result<T, LedgerError> {
+        let Store::Redb(store) = &self.store;
+        let store = Arc::clone(store);
+        apart(move || look(&Reader::of(Source::Store(&store), store.id()))).await
+    }
+
+    /// Audit records; by default one row for each call, in its last outcome, and every other record.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when the ledger cannot be read.
+    pub async fn audit(
+        &self,
+        filter: AuditFilter,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
+        let Store::Redb(store) = &self.store;
+        let store = Arc::clone(store);
+        apart(move || store.audit(&filter, after, limit)).await
     }
 
     /// Judges a money call and, when it is let through, holds its money durably.
@@ -330,9 +374,6 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`]: nothing is held, and nothing may be sent.
     pub async fn admit(&self, key_id: KeyId, admit: Admit) -> Result<Admitted, LedgerError> {
-        if self.redb().loss()?.is_some() {
-            return Err(LedgerError::Lost);
-        }
         self.ask(|reply| Command::Admit { key_id, admit: Box::new(admit), reply }).await
     }
 
@@ -594,6 +635,14 @@ impl Ledger {
         self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
         answer.await.map_err(|_| writer_gone())?
     }
+}
+
+/// Runs what takes its time on a thread for such things.
+async fn apart<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T, LedgerError> + Send + 'static,
+) -> Result<T, LedgerError> {
+    let found = tokio::task::spawn_blocking(look).await;
+    found.unwrap_or_else(|_| Err(LedgerError::Unavailable("the search was cut off".to_owned())))
 }
 
 fn writer_gone() -> LedgerError {

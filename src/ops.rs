@@ -36,7 +36,7 @@ pub struct Ops {
 
 impl Ops {
     /// Why the sidecar should get no traffic; empty when it should. Doubts are no reason.
-    pub fn not_ready(&self) -> Vec<String> {
+    pub async fn not_ready(&self) -> Vec<String> {
         let mut reasons = Vec::new();
         if self.account.draining() {
             reasons.push("stopping".to_owned());
@@ -48,7 +48,7 @@ impl Ops {
         if let Some(why) = self.ledger.failure() {
             reasons.push(format!("the ledger failed: {why}"));
         }
-        if let Ok(Some(_)) = self.ledger.redb().loss() {
+        if let Ok(Some(_)) = self.ledger.read(|reader| reader.loss()).await {
             reasons.push(LedgerError::Lost.to_string());
         }
         if let Some(ahead) = self.clock.jumped() {
@@ -61,29 +61,32 @@ impl Ops {
     }
 
     /// Answers one request.
-    pub fn answer(&self, path: &str) -> Response<ReplyBody> {
+    pub async fn answer(&self, path: &str) -> Response<ReplyBody> {
         match path {
             "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".to_owned()),
             "/readyz" => {
-                let reasons = self.not_ready();
+                let reasons = self.not_ready().await;
                 let ready = reasons.is_empty();
                 let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-                let warnings = self.shipping.as_ref().map(|shipping| shipping.warnings(&self.ledger));
-                let body =
-                    json!({ "ready": ready, "reasons": reasons, "warnings": warnings.unwrap_or_default() });
+                let warnings = match &self.shipping {
+                    Some(shipping) => shipping.warnings(&self.ledger).await,
+                    None => Vec::new(),
+                };
+                let body = json!({ "ready": ready, "reasons": reasons, "warnings": warnings });
                 text(status, "application/json", body.to_string())
             }
-            "/metrics" => self.metrics(),
+            "/metrics" => self.metrics().await,
             _ => text(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
         }
     }
 
-    fn metrics(&self) -> Response<ReplyBody> {
+    async fn metrics(&self) -> Response<ReplyBody> {
         let mut out = String::new();
         if encode(&mut out, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", "cannot be written\n".to_owned());
         }
-        let (more, lost) = (self.holds() + &self.backlog() + &self.size(), self.ledger.notes_lost());
+        let more = self.holds().await + &self.backlog().await + &self.size().await;
+        let lost = self.ledger.notes_lost();
         let lost = format!(
             "# HELP keybrake_records_lost Records of reads that were handed over and could not be written\n\
              # TYPE keybrake_records_lost counter\nkeybrake_records_lost_total {lost}\n"
@@ -93,9 +96,9 @@ impl Ops {
         text(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", out)
     }
 
-    fn backlog(&self) -> String {
+    async fn backlog(&self) -> String {
         let Some(shipping) = &self.shipping else { return String::new() };
-        let (waiting, since) = shipping.backlog(&self.ledger);
+        let (waiting, since) = shipping.backlog(&self.ledger).await;
         let oldest = since.map_or(0, |since| self.ledger.now().millis_since(since)) / 1_000;
         format!(
             "# HELP keybrake_audit_backlog Audit records that wait for the collector\n\
@@ -106,8 +109,8 @@ impl Ops {
     }
 
     /// What grows; a figure that cannot be told is left out.
-    fn size(&self) -> String {
-        let log = self.ledger.redb().log_state().ok();
+    async fn size(&self) -> String {
+        let log = self.ledger.read(|reader| reader.log_state()).await.ok();
         let figures = [
             (
                 "keybrake_ledger_bytes",
@@ -127,8 +130,10 @@ impl Ops {
         told.collect()
     }
 
-    fn holds(&self) -> String {
-        let Ok((counts, oldest)) = self.ledger.redb().hold_census() else { return String::new() };
+    async fn holds(&self) -> String {
+        let Ok((counts, oldest)) = self.ledger.search(|reader| reader.hold_census()).await else {
+            return String::new();
+        };
         let oldest = oldest.map_or(0, |since| self.ledger.now().millis_since(since)) / 1_000;
         let mut lines = String::from("# HELP keybrake_holds Holds by state\n# TYPE keybrake_holds gauge\n");
         for (state, count) in counts {

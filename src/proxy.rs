@@ -180,7 +180,7 @@ impl Proxy {
     async fn answer(&self, request: Request<Incoming>, path: &str) -> Reply {
         let mut course = Course::begin(self.new_request_id(), self.config.upstream_timeout);
         let (head, body) = request.into_parts();
-        let mut reply = match self.authenticate(&head) {
+        let mut reply = match self.authenticate(&head).await {
             Err(refusal) => {
                 course.during(Stage::Read, read::drain(body)).await;
                 self.refuse(&refusal, &course)
@@ -237,7 +237,7 @@ impl Proxy {
     }
 
     /// Framing, then who it is. A key that nobody knows is counted, not recorded.
-    fn authenticate(&self, head: &Parts) -> Result<Key, Refusal> {
+    async fn authenticate(&self, head: &Parts) -> Result<Key, Refusal> {
         read::framing(head)?;
         let unknown = |message: String| {
             self.metrics.unknown_keys.inc();
@@ -254,7 +254,7 @@ impl Proxy {
                 "This is not a vault key.".to_owned()
             }));
         };
-        match self.ledger.redb().key_by_digest(&secret.digest().0) {
+        match self.ledger.read(|reader| reader.key_by_digest(&secret.digest().0)).await {
             Ok(Some(key)) => Ok(key),
             Ok(None) => Err(unknown(format!(
                 "No such vault key is known to this sidecar (node {}). Keys, caps and memory are each sidecar's own: \
@@ -286,7 +286,7 @@ impl Proxy {
         }
         let body = read::body(&head.headers, body, self.config.body_bytes_max);
         let body = course.during(Stage::Read, body).await;
-        let early = self.may_serve(key).and_then(|estate| Ok((estate, body?)));
+        let early = self.may_serve(key).await.and_then(|estate| Ok((estate, body?)));
         let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread.clone()))?;
         let request_id = course.request_id.clone();
         let reading =
@@ -329,7 +329,8 @@ impl Proxy {
         currency: Option<Currency>,
     ) -> Result<(), LedgerError> {
         if let Record::Moved { .. } = record {
-            let held = self.ledger.redb().hold_of_object(&account, &object)?.and_then(|hold| hold.currency);
+            let hold = self.ledger.read(|reader| reader.hold_of_object(&account, &object)).await?;
+            let held = hold.and_then(|hold| hold.currency);
             if held.is_some() && held != currency {
                 return Ok(());
             }
@@ -350,7 +351,7 @@ impl Proxy {
         let request = reading.exact_request();
         let account = reading.account.as_deref().unwrap_or_default();
         let object = reading.ids.first().map(String::as_str).unwrap_or_default();
-        let hold = self.ledger.redb().hold_of_object(account, object)?;
+        let hold = self.ledger.read(|reader| reader.hold_of_object(account, object)).await?;
         let seen = match (&hold, object::look_of_fields(reading)) {
             (None, Some(look)) => Some(self.look(course, &request, &look, Purpose::Fields).await?),
             (Some(_), _) | (None, None) => None,
@@ -359,15 +360,17 @@ impl Proxy {
     }
 
     /// Whether the key opens anything right now, and for whose account.
-    fn may_serve(&self, key: &Key) -> Result<Estate, No> {
+    async fn may_serve(&self, key: &Key) -> Result<Estate, No> {
         key.alive(self.ledger.now())?;
-        if let Some(id) = key.issuer {
-            let issuer = self.ledger.redb().issuer(id)?;
-            if issuer.is_none_or(|issuer| issuer.revoked_at.is_some()) {
-                return Err(issuer_revoked().into());
-            }
+        let found = self.ledger.read(|reader| {
+            let issuer = key.issuer.map(|id| reader.issuer(id)).transpose()?.flatten();
+            Ok((issuer, reader.kill_switch()?.is_some()))
+        });
+        let (issuer, is_stopped) = found.await?;
+        if key.issuer.is_some() && issuer.is_none_or(|issuer| issuer.revoked_at.is_some()) {
+            return Err(issuer_revoked().into());
         }
-        if self.ledger.redb().kill_switch()?.is_some() {
+        if is_stopped {
             return Err(kill_switch().into());
         }
         if self.account.draining() {

@@ -95,11 +95,11 @@ impl Recovery {
         let mut turns: HashMap<HoldId, Turn> = HashMap::new();
         let mut warned: Option<Instant> = None;
         // Whatever is there at the start is looked at at once: nobody knows for how long nobody looked.
-        for hold in self.live_holds() {
+        for hold in self.live_holds().await {
             turns.insert(hold.id, Turn { at: Instant::now(), times: 0 });
         }
         loop {
-            let holds = self.live_holds();
+            let holds = self.live_holds().await;
             self.warn(&holds, &mut warned);
             turns.retain(|id, _| holds.iter().any(|hold| hold.id == *id));
             for hold in &holds {
@@ -130,8 +130,9 @@ impl Recovery {
     }
 
     /// Doubts and open holds, the oldest first.
-    fn live_holds(&self) -> Vec<Hold> {
-        let mut holds = self.ledger.redb().unsettled_holds(HOLDS_MAX).unwrap_or_else(|error| {
+    async fn live_holds(&self) -> Vec<Hold> {
+        let found = self.ledger.read(|reader| reader.unsettled_holds(HOLDS_MAX)).await;
+        let mut holds = found.unwrap_or_else(|error| {
             tracing::error!(%error, "the holds cannot be read");
             Vec::new()
         });
@@ -163,7 +164,7 @@ impl Recovery {
 
     /// Looks for what a call in doubt has done.
     async fn look_for(&self, hold: &Hold) -> Result<Look, LedgerError> {
-        let call = self.ledger.redb().call_by_id(hold.call_id)?;
+        let call = self.ledger.read(|reader| reader.call_by_id(hold.call_id)).await?;
         let Some((live, call)) = hold.live.as_ref().zip(call) else { return Ok(Look::Done) };
         let Some(attempt) = call.last_attempt() else { return Ok(Look::Done) };
         let lost = lost(live, attempt);
@@ -354,7 +355,8 @@ impl Recovery {
                     return Ok(Look::TurnedAway);
                 };
                 // One that was void, or came to nothing as a draft, counts none of what was paid since.
-                let of_invoice = self.ledger.redb().hold_of_object(&hold.account, &invoice)?;
+                let of_invoice =
+                    self.ledger.read(|reader| reader.hold_of_object(&hold.account, &invoice)).await?;
                 let is_counted =
                     of_invoice.is_some_and(|hold| hold.state != HoldState::Void && hold.minor > 0);
                 find::billed_item(&answer.body, &paid.body, currency, is_counted)

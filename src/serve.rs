@@ -114,7 +114,7 @@ pub async fn run(
     hangup: tokio::sync::mpsc::Receiver<()>,
 ) -> Result<(), Stopped> {
     let sidecar = build(&config)?;
-    account::recall(&sidecar.account, &sidecar.ledger, &sidecar.forwarder)?;
+    account::recall(&sidecar.account, &sidecar.ledger, &sidecar.forwarder).await?;
     let configured = config.stripe_account.clone();
     let first = account::settle(&sidecar.account, &sidecar.ledger, &sidecar.forwarder, configured.as_deref());
     let settled = match tokio::time::timeout(Duration::from_millis(FIRST_QUESTION_MS), first).await {
@@ -138,7 +138,7 @@ pub async fn run(
     tracing::info!(
         addresses = ?listeners.addresses().unwrap_or_default(),
         ledger = %sidecar.ledger.id(),
-        ready = sidecar.ops.not_ready().is_empty(),
+        ready = sidecar.ops.not_ready().await.is_empty(),
         "keybrake is listening"
     );
     let (told, told_elsewhere) = tokio::sync::oneshot::channel();
@@ -496,7 +496,7 @@ async fn serve(
         ops_limits,
         move |request: Request<Incoming>, _| {
             let ops = Arc::clone(&ops);
-            async move { ops.answer(request.uri().path()) }
+            async move { ops.answer(request.uri().path()).await }
         },
         async move { ops_stop.cancelled().await },
     ));

@@ -145,17 +145,19 @@ impl Progress {
     }
 
     /// Records that wait, and since when the oldest does.
-    pub fn backlog(&self, ledger: &Ledger) -> (u64, Option<UnixMs>) {
-        let log = ledger.redb();
-        let Ok(LogState { base, first, last, .. }) = log.log_state() else { return (0, None) };
-        let at = self.reached().at.max(base).max(first.saturating_sub(1));
-        let oldest = log.records_after(at, 1, 1).unwrap_or_default();
+    pub async fn backlog(&self, ledger: &Ledger) -> (u64, Option<UnixMs>) {
+        let found = ledger.read(|reader| {
+            let LogState { base, first, last, .. } = reader.log_state()?;
+            let at = self.reached().at.max(base).max(first.saturating_sub(1));
+            Ok((at, last, reader.records_after(at, 1, 1)?))
+        });
+        let Ok((at, last, oldest)) = found.await else { return (0, None) };
         (last.saturating_sub(at), oldest.first().and_then(|(_, sealed)| time_of(sealed)))
     }
 
     /// What an operator should look at. No reason to get no traffic.
-    pub fn warnings(&self, ledger: &Ledger) -> Vec<String> {
-        let (reached, (backlog, oldest)) = (self.reached(), self.backlog(ledger));
+    pub async fn warnings(&self, ledger: &Ledger) -> Vec<String> {
+        let (reached, (backlog, oldest)) = (self.reached(), self.backlog(ledger).await);
         let mut told = Vec::new();
         let age = oldest.map_or(0, |at| ledger.now().millis_since(at));
         if backlog >= BACKLOG_WARN || age >= BACKLOG_WARN_MS {
@@ -283,7 +285,7 @@ impl Shipper {
     /// Writes down what may be deleted by now.
     async fn note(&self, at: Option<u64>) {
         let Some(at) = at else { return };
-        if self.ledger.redb().shipped_to().is_ok_and(|noted| noted == at) {
+        if self.ledger.read(|reader| reader.shipped_to()).await.is_ok_and(|noted| noted == at) {
             return;
         }
         if let Err(error) = self.ledger.shipped(at).await {
@@ -293,14 +295,15 @@ impl Shipper {
 
     /// Sends one batch, after it has asked from where on.
     async fn step(&self, course: &mut Course) -> Result<Step, Trouble> {
-        let log = self.ledger.redb().log_state()?;
+        let log = self.ledger.read(|reader| reader.log_state()).await?;
         let from = match course.at {
             Some(from) => from.max(log.base),
             None => self.ask(&log, course).await?,
         };
         course.at = Some(from);
         let from = from.max(log.first.saturating_sub(1));
-        let records = self.ledger.redb().records_after(from, BATCH_ROWS_MAX, BATCH_BYTES_MAX)?;
+        let records =
+            self.ledger.read(|reader| reader.records_after(from, BATCH_ROWS_MAX, BATCH_BYTES_MAX)).await?;
         self.progress.set(|reached| reached.at = from);
         let Some((last, _)) = records.last() else { return Ok(Step::Idle) };
         let (floor, waiting) = (log.first.saturating_sub(log.base), log.last.saturating_sub(*last));
@@ -316,9 +319,9 @@ impl Shipper {
     /// Up to where the collector has this log. A ledger that it knows better is one that was restored.
     async fn ask(&self, log: &LogState, course: &mut Course) -> Result<u64, Trouble> {
         if self.target.format == Format::Ndjson {
-            return Ok(self.ledger.redb().shipped_to()?.max(log.base));
+            return Ok(self.ledger.read(|reader| reader.shipped_to()).await?.max(log.base));
         }
-        if self.ledger.redb().loss()?.is_some() {
+        if self.ledger.read(|reader| reader.loss()).await?.is_some() {
             return Err(Trouble::Lost);
         }
         let url = format!("{}/collect/v1/chains/{}", self.target.url, log.chain_id);
@@ -336,7 +339,7 @@ impl Shipper {
             return Ok(log.base);
         };
         let place = log.base.saturating_add(seq);
-        let own = self.ledger.redb().record_hash(place)?;
+        let own = self.ledger.read(|reader| reader.record_hash(place)).await?;
         let is_dropped = place < log.first;
         if place <= log.last && (own.is_some_and(|own| hex(&own) == hash) || is_dropped) {
             return Ok(place);

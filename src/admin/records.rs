@@ -11,7 +11,6 @@ use crate::admin::fields::invalid;
 use crate::admin::query::Asked;
 use crate::admin::{Admin, Answer, Reader, Shared, json_answer};
 use crate::journal::AuditFilter;
-use crate::ledger::redb::RedbStore;
 use crate::refusal::{Code, Refusal};
 use crate::ship::Found;
 
@@ -20,7 +19,7 @@ pub(super) async fn list_records(
     headers: HeaderMap,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Answer {
-    let reader = admin.reader(&headers)?;
+    let reader = admin.reader(&headers).await?;
     let (of_fleet, query): (Vec<_>, Vec<_>) = query.into_iter().partition(|(name, _)| name == "fleet");
     let all = query.clone();
     let mut asked = admin.checked(Asked::read(query))?;
@@ -39,7 +38,7 @@ pub(super) async fn list_records(
     }
     // What was answered before this question is in the answer to it.
     admin.ok(admin.ledger.flush().await)?;
-    let page = admin.looked_through(move |store| store.audit(&filter, after, limit)).await?;
+    let page = admin.ok(admin.ledger.audit(filter, after, limit).await)?;
     let data: Vec<Value> = page.items.into_iter().map(Value::Object).collect();
     Ok(records_answer(&headers, &data, page.next, None))
 }
@@ -113,9 +112,9 @@ pub fn records_answer(
 }
 
 pub(super) async fn verify(State(admin): Shared, headers: HeaderMap) -> Answer {
-    admin.admin(&headers)?;
+    admin.admin(&headers).await?;
     admin.ok(admin.ledger.flush().await)?;
-    let state = admin.looked_through(RedbStore::verify_chain).await?;
+    let state = admin.ok(admin.ledger.search(|reader| reader.verify_chain()).await)?;
     let mut answer = json!({
         "whole": state.broken.is_none(),
         "records": state.records,

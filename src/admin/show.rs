@@ -7,10 +7,11 @@ use crate::hold::{Hold, HoldState, Lane, Search, Subject};
 use crate::id::BudgetId;
 use crate::issuer::Issuer;
 use crate::key::Key;
+use crate::ledger::LedgerError;
 use crate::ledger::counter::Counter;
 use crate::ledger::entry::bounds;
+use crate::ledger::query::Reader;
 use crate::ledger::rules::limits;
-use crate::ledger::{Ledger, LedgerError};
 use crate::money::MicroUsd;
 use crate::time::{Day, UnixMs};
 
@@ -18,10 +19,10 @@ use crate::time::{Day, UnixMs};
 ///
 /// # Errors
 /// [`LedgerError`] when the counters cannot be read.
-pub fn spend(ledger: &Ledger, key: &Key, now: UnixMs) -> Result<Value, LedgerError> {
+pub fn spend(reader: &Reader<'_>, key: &Key, now: UnixMs) -> Result<Value, LedgerError> {
     let whole_life = key.lives_a_day_or_less();
     let resets_at = (!whole_life).then(|| now.day().end());
-    let counter = |subject, day, lane| ledger.redb().counter(subject, day, lane);
+    let counter = |subject, day, lane| reader.counter(subject, day, lane);
     let own = Subject::Key(key.id);
     let window = |subject, lane| match (whole_life, subject) {
         (true, Subject::Budget(_)) if key.created_at.day() < now.day() => {
@@ -35,7 +36,7 @@ pub fn spend(ledger: &Ledger, key: &Key, now: UnixMs) -> Result<Value, LedgerErr
     // What could still be spent is decided by the counters that the key shares.
     let spender = limits::spender(key);
     let room = |cap: Option<MicroUsd>, counter: Counter| cap.map(|cap| cap.saturating_sub(counter.counted()));
-    let issuer = key.issuer.map(|id| ledger.redb().issuer(id)).transpose()?.flatten();
+    let issuer = key.issuer.map(|id| reader.issuer(id)).transpose()?.flatten();
     let of_issuer = |cap: Option<MicroUsd>, day, lane| match &issuer {
         Some(issuer) => Ok(room(cap, counter(Subject::Issuer(issuer.id), day, lane)?)),
         None => Ok::<_, LedgerError>(None),
@@ -183,32 +184,33 @@ pub fn issuer(issuer: &Issuer, now: UnixMs) -> Map<String, Value> {
 ///
 /// # Errors
 /// [`LedgerError`] when the counters cannot be read.
-pub fn issuer_spend(ledger: &Ledger, issuer: &Issuer) -> Result<Value, LedgerError> {
-    subject_spend(ledger, Subject::Issuer(issuer.id), [issuer.daily, issuer.total, issuer.daily_out])
+pub fn issuer_spend(reader: &Reader<'_>, issuer: &Issuer, now: UnixMs) -> Result<Value, LedgerError> {
+    subject_spend(reader, now, Subject::Issuer(issuer.id), [issuer.daily, issuer.total, issuer.daily_out])
 }
 
 /// What all keys of a budget have spent together.
 ///
 /// # Errors
 /// [`LedgerError`] when the counters cannot be read.
-pub fn budget_spend(ledger: &Ledger, budget: BudgetId) -> Result<Value, LedgerError> {
-    subject_spend(ledger, Subject::Budget(budget), [None; 3])
+pub fn budget_spend(reader: &Reader<'_>, budget: BudgetId, now: UnixMs) -> Result<Value, LedgerError> {
+    subject_spend(reader, now, Subject::Budget(budget), [None; 3])
 }
 
 fn subject_spend(
-    ledger: &Ledger,
+    reader: &Reader<'_>,
+    now: UnixMs,
     subject: Subject,
     [daily, total, daily_out]: [Option<MicroUsd>; 3],
 ) -> Result<Value, LedgerError> {
-    let today = ledger.now().day();
+    let today = now.day();
     let of = |day, lane, cap: Option<MicroUsd>| {
-        let counter = ledger.redb().counter(subject, day, lane)?;
+        let counter = reader.counter(subject, day, lane)?;
         Ok::<_, LedgerError>(figures(&counter, cap.map(|cap| cap.saturating_sub(counter.counted()))))
     };
-    let mut now = of(today, Lane::In, daily)?;
-    now.insert("resets_at".to_owned(), Value::from(today.end().to_string()));
-    now.insert("out".to_owned(), Value::Object(of(today, Lane::Out, daily_out)?));
+    let mut of_today = of(today, Lane::In, daily)?;
+    of_today.insert("resets_at".to_owned(), Value::from(today.end().to_string()));
+    of_today.insert("out".to_owned(), Value::Object(of(today, Lane::Out, daily_out)?));
     let mut all = of(Day::TOTAL, Lane::In, total)?;
     all.insert("out".to_owned(), Value::Object(of(Day::TOTAL, Lane::Out, None)?));
-    Ok(json!({ "today": now, "total": all }))
+    Ok(json!({ "today": of_today, "total": all }))
 }

@@ -231,6 +231,9 @@ fn admit_call(
     admit: &rules::Admit,
     now: UnixMs,
 ) -> Result<Admitted, LedgerError> {
+    if tx.has_loss()? {
+        return Err(LedgerError::Lost);
+    }
     let Judged { key, payer, verdict } = tx.judge(key_id, admit, now)?;
     match verdict {
         Verdict::Send(effects) => {

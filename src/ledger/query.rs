@@ -3,9 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::Arc;
-
-use serde_json::{Map, Value};
 
 use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
@@ -15,13 +12,12 @@ use crate::issuer::Issuer;
 use crate::journal::{self, sealed_of};
 use crate::key::{Key, Status};
 use crate::ledger::counter::Counter;
-use crate::ledger::redb::RedbStore;
-use crate::ledger::redb::view::{Order, Rows, View};
 use crate::ledger::row::{
     self, AUDIT, AuditFloorRow, BUDGETS, BindingRow, BudgetRow, CALL_IDS, CALLS, COUNTERS, ChainRow, HOLDS,
     ISSUERS, KEY_DIGESTS, KEY_KIND_ISSUER, KEY_KIND_VAULT, KEYS, KillSwitchRow, LossRow, META, OBJECTS,
     PHASE_ENDED, PHASE_LIVE, Span, Table, all, live_holds, meta,
 };
+use crate::ledger::source::{Order, Source, SourceRows};
 use crate::ledger::{HoldView, LedgerError};
 use crate::time::{Day, UnixMs};
 
@@ -80,9 +76,20 @@ pub struct LogState {
     pub last: u64,
 }
 
-impl RedbStore {
+/// Reads the ledger.
+#[derive(Clone, Copy, Debug)]
+pub struct Reader<'s> {
+    source: Source<'s>,
+    id: LedgerId,
+}
+
+impl<'s> Reader<'s> {
+    pub(crate) const fn of(source: Source<'s>, id: LedgerId) -> Self {
+        Self { source, id }
+    }
+
     fn meta_row<T: for<'b> minicbor::Decode<'b, ()>>(&self, name: &str) -> Result<Option<T>, LedgerError> {
-        self.view().get(&META, &name, row::decode)
+        self.source.get(&META, &name, row::decode)
     }
 
     /// Rows of this moment. Whoever goes through them keeps nobody from writing.
@@ -92,11 +99,11 @@ impl RedbStore {
         range: Span<K::SelfType<'_>>,
         order: Order,
         read: F,
-    ) -> Result<Rows<K, V, F>, LedgerError>
+    ) -> Result<SourceRows<'s, K, V, F>, LedgerError>
     where
         F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
     {
-        self.view().range(table, range, order, None, read)
+        self.source.range(table, range, order, None, read)
     }
 
     /// To which account and mode the ledger is bound.
@@ -120,10 +127,10 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn key_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Key>, LedgerError> {
-        let view = self.view();
-        let found =
-            view.get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_VAULT).then_some(*id)))?;
-        found.flatten().map(|id| view.get(&KEYS, &&id, row::decode)).transpose().map(Option::flatten)
+        let found = self
+            .source
+            .get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_VAULT).then_some(*id)))?;
+        found.flatten().map(|id| self.source.get(&KEYS, &&id, row::decode)).transpose().map(Option::flatten)
     }
 
     /// One key.
@@ -131,7 +138,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn key(&self, id: KeyId) -> Result<Option<Key>, LedgerError> {
-        self.view().get(&KEYS, &id.as_bytes(), row::decode)
+        self.source.get(&KEYS, &id.as_bytes(), row::decode)
     }
 
     /// Keys, newest first.
@@ -165,10 +172,14 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn issuer_by_digest(&self, digest: &[u8; 32]) -> Result<Option<Issuer>, LedgerError> {
-        let view = self.view();
-        let found =
-            view.get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_ISSUER).then_some(*id)))?;
-        found.flatten().map(|id| view.get(&ISSUERS, &&id, row::decode)).transpose().map(Option::flatten)
+        let found = self
+            .source
+            .get(&KEY_DIGESTS, &digest, |(kind, id)| Ok((kind == KEY_KIND_ISSUER).then_some(*id)))?;
+        found
+            .flatten()
+            .map(|id| self.source.get(&ISSUERS, &&id, row::decode))
+            .transpose()
+            .map(Option::flatten)
     }
 
     /// One issuer key.
@@ -176,7 +187,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn issuer(&self, id: IssuerId) -> Result<Option<Issuer>, LedgerError> {
-        self.view().get(&ISSUERS, &id.as_bytes(), row::decode)
+        self.source.get(&ISSUERS, &id.as_bytes(), row::decode)
     }
 
     /// Issuer keys, newest first.
@@ -199,7 +210,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn stopped_budget(&self, budget: BudgetId) -> Result<Option<BudgetRow>, LedgerError> {
-        self.view().get(&BUDGETS, &budget.as_bytes(), row::decode)
+        self.source.get(&BUDGETS, &budget.as_bytes(), row::decode)
     }
 
     /// A subject's counter of one day, or of all days, in one lane.
@@ -208,7 +219,7 @@ impl RedbStore {
     /// [`LedgerError`].
     pub fn counter(&self, subject: Subject, day: Day, lane: Lane) -> Result<Counter, LedgerError> {
         let (kind, id, day, lane) = row::counter_key(&subject, day, lane);
-        Ok(self.view().get(&COUNTERS, &(kind, &id, day, lane), row::decode)?.unwrap_or_default())
+        Ok(self.source.get(&COUNTERS, &(kind, &id, day, lane), row::decode)?.unwrap_or_default())
     }
 
     /// Doubts and open holds, at most so many.
@@ -279,9 +290,8 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn hold_of_object(&self, account: &str, object: &str) -> Result<Option<Hold>, LedgerError> {
-        let view = self.view();
-        let id = view.get(&OBJECTS, &(account, object), |id| Ok(HoldId::from_bytes(*id)))?;
-        id.map(|id| hold_in(&view, id)).transpose().map(Option::flatten)
+        let id = self.source.get(&OBJECTS, &(account, object), |id| Ok(HoldId::from_bytes(*id)))?;
+        id.map(|id| self.hold(id)).transpose().map(Option::flatten)
     }
 
     /// One hold, live or ended.
@@ -289,7 +299,12 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn hold(&self, id: HoldId) -> Result<Option<Hold>, LedgerError> {
-        hold_in(&self.view(), id)
+        for phase in [PHASE_LIVE, PHASE_ENDED] {
+            if let Some(hold) = self.source.get(&HOLDS, &(phase, id.as_bytes()), row::decode)? {
+                return Ok(Some(hold));
+            }
+        }
+        Ok(None)
     }
 
     /// One call.
@@ -297,9 +312,9 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn call_by_id(&self, id: CallId) -> Result<Option<Call>, LedgerError> {
-        let view = self.view();
-        let identity = view.get(&CALL_IDS, &id.as_bytes(), |identity| Ok(*identity))?;
-        let call = identity.map(|identity| view.get(&CALLS, &&identity, row::decode::<Call>)).transpose()?;
+        let identity = self.source.get(&CALL_IDS, &id.as_bytes(), |identity| Ok(*identity))?;
+        let call =
+            identity.map(|identity| self.source.get(&CALLS, &&identity, row::decode::<Call>)).transpose()?;
         Ok(call.flatten().filter(|call| call.id == id))
     }
 
@@ -321,33 +336,15 @@ impl RedbStore {
         page(&mut rows, limit, |call: &Call| call.id, |call| matches_call(filter, call))
     }
 
-    /// Audit records; by default one row for each call, in its last outcome, and every other record.
-    ///
-    /// # Errors
-    /// [`LedgerError`].
-    pub fn audit(
-        &self,
-        filter: &AuditFilter,
-        after: Option<u64>,
-        limit: usize,
-    ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
-        // The log's own index knows the tree alone. One that cannot be written any more still tells what it has.
-        if self.view().changed(&AUDIT) && self.failure().is_none() {
-            self.settle()?;
-        }
-        let tree = Arc::clone(&self.view().tree);
-        Ok(journal::query(&tree.txn, filter, after, limit)?)
-    }
-
     /// What a shipper has to know of the log.
     ///
     /// # Errors
     /// [`LedgerError`].
     pub fn log_state(&self) -> Result<LogState, LedgerError> {
-        let view = self.view();
-        let chain: Option<ChainRow> = view.get(&META, &meta::CHAIN, row::decode)?;
-        let (chain_id, base) = chain.map_or((self.id(), 0), |chain| (chain.id, chain.base));
-        let end = |order| view.range(&AUDIT, all(), order, None, |place, _| Ok(place))?.next().transpose();
+        let chain: Option<ChainRow> = self.source.get(&META, &meta::CHAIN, row::decode)?;
+        let (chain_id, base) = chain.map_or((self.id, 0), |chain| (chain.id, chain.base));
+        let end =
+            |order| self.source.range(&AUDIT, all(), order, None, |place, _| Ok(place))?.next().transpose();
         let (first, last) = (end(Order::Ascending)?.unwrap_or(1), end(Order::Descending)?.unwrap_or(0));
         Ok(LogState { chain_id, base, first, last })
     }
@@ -373,7 +370,7 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`].
     pub fn record_hash(&self, place: u64) -> Result<Option<[u8; 32]>, LedgerError> {
-        self.view().get(&AUDIT, &place, |stored| Ok(sealed_of(stored)?.hash))
+        self.source.get(&AUDIT, &place, |stored| Ok(sealed_of(stored)?.hash))
     }
 
     /// The place of the last record that a collector is known to have.
@@ -397,12 +394,8 @@ impl RedbStore {
     /// # Errors
     /// [`LedgerError`] when it cannot be read; a chain that is broken is a result.
     pub fn verify_chain(&self) -> Result<ChainState, LedgerError> {
-        let (floor, log) = {
-            let view = self.view();
-            let floor: Option<AuditFloorRow> = view.get(&META, &meta::AUDIT_FLOOR, row::decode)?;
-            let read = |_: u64, stored: &[u8]| Ok(sealed_of(stored)?);
-            (floor, view.range(&AUDIT, all(), Order::Ascending, None, read)?)
-        };
+        let floor: Option<AuditFloorRow> = self.meta_row(meta::AUDIT_FLOOR)?;
+        let log = self.rows(&AUDIT, all(), Order::Ascending, |_, stored| Ok(sealed_of(stored)?))?;
         let mut verifier = match floor {
             Some(floor) => Verifier::from_record(floor.seq, floor.prev_hash.into()),
             None => Verifier::default(),
@@ -417,15 +410,6 @@ impl RedbStore {
         }
         Ok(ChainState { records, head: verifier.head(), broken: None })
     }
-}
-
-fn hold_in(view: &View, id: HoldId) -> Result<Option<Hold>, LedgerError> {
-    for phase in [PHASE_LIVE, PHASE_ENDED] {
-        if let Some(hold) = view.get(&HOLDS, &(phase, id.as_bytes()), row::decode)? {
-            return Ok(Some(hold));
-        }
-    }
-    Ok(None)
 }
 
 /// What lies below an id.

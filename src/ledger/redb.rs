@@ -13,13 +13,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use minicbor::bytes::ByteArray;
 use redb::backends::FileBackend;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
+use serde_json::{Map, Value};
 
 use crate::id::LedgerId;
-use crate::journal::{self, JournalError};
+use crate::journal::{self, AuditFilter, JournalError, Page};
 use crate::ledger::changes::{Change, Changes};
 use crate::ledger::redb::view::{Tree, View};
 use crate::ledger::redb::wal::Wal;
-use crate::ledger::row::{self, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, meta};
+use crate::ledger::row::{self, AUDIT, BindingRow, FORMAT_CLOSED, FORMAT_OPEN, META, Tables, WalRow, meta};
+use crate::ledger::source::Source;
 use crate::ledger::tx::Tx;
 use crate::ledger::{LedgerError, Opening};
 use crate::time::{Clock, UnixMs};
@@ -177,7 +179,7 @@ impl RedbStore {
             return Ok(found);
         }
         let view = View::of(Tree::open(db)?);
-        let mut tx = Tx::open(&view, opening, None)?;
+        let mut tx = Tx::open(Source::View(&view), opening, None)?;
         tx.create(opening, opening.clock.now())?;
         let txn = begin(db)?;
         Tables::write(&tx.into_changes(), &txn)?;
@@ -197,7 +199,7 @@ impl RedbStore {
         if format == FORMAT_OPEN {
             (applied, view.recent) = left_in(&*log, row.as_ref())?;
         }
-        let mut tx = Tx::open(&view, opening, None)?;
+        let mut tx = Tx::open(Source::View(&view), opening, None)?;
         let now = opening.clock.now().max(tx.mark()?);
         tx.check_mode(opening)?;
         tx.note_clock(now, opening.clock.now())?;
@@ -350,6 +352,24 @@ impl RedbStore {
         // Its pages are free again, once no reader has it any more.
         drop(before);
         done
+    }
+
+    /// Audit records; by default one row for each call, in its last outcome, and every other record.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn audit(
+        &self,
+        filter: &AuditFilter,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
+        // The log's own index knows the tree alone. One that cannot be written any more still tells what it has.
+        if self.view().changed(&AUDIT) && self.failure().is_none() {
+            self.settle()?;
+        }
+        let tree = Arc::clone(&self.view().tree);
+        Ok(journal::query(&tree.txn, filter, after, limit)?)
     }
 
     /// Takes everything in, and notes that the log is not needed any more. Nothing is written from now on.

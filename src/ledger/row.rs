@@ -26,6 +26,7 @@ use std::ops::Bound;
 
 use minicbor::{Decode, Encode};
 use redb::{Key, ReadOnlyTable, ReadTransaction, TableDefinition, WriteTransaction};
+use sha2::{Digest as _, Sha256};
 
 use crate::hold::{Lane, Subject};
 use crate::journal;
@@ -78,12 +79,44 @@ pub(crate) struct Table<K: Key + 'static, V: redb::Value + 'static> {
     pub(crate) number: u8,
     pub(crate) definition: TableDefinition<'static, K, V>,
     pub(crate) of: fn(&Tables) -> &ReadOnlyTable<K, V>,
+    /// What keeps other processes from a row, where several have a ledger together.
+    pub(crate) lock: for<'k> fn(&K::SelfType<'k>) -> Lock,
+}
+
+/// What has to be locked before a row is looked at or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Nothing: it never changes, it goes with another row that is locked, or only one process writes it.
+    Nothing,
+    /// Before it is written.
+    ToWrite(u32),
+    /// Before it is looked at by whoever may write.
+    Always(u32),
+}
+
+/// How many locks there are. Rows that share one wait for each other without need, and that is all.
+pub(crate) const LOCKS: u32 = 1 << 18;
+
+/// The lock of a thing. Every version of this program must come to the same one.
+fn lock_of(kind: u8, parts: &[&[u8]]) -> u32 {
+    let mut digest = Sha256::new_with_prefix([kind]);
+    for part in parts {
+        digest.update(part.len().to_le_bytes());
+        digest.update(part);
+    }
+    let digest = digest.finalize();
+    digest.first_chunk().map_or(0, |first| u32::from_le_bytes(*first)) % LOCKS
+}
+
+/// That of whoever may spend: its row, its counters, and what is counted of its refusals.
+fn lock_of_subject(id: &[u8; 16]) -> Lock {
+    Lock::Always(lock_of(0, &[id]))
 }
 
 macro_rules! tables {
-    ($($constant:ident = $number:literal, $field:ident: $key:ty => $value:ty, $definition:expr;)*) => {
+    ($($constant:ident = $number:literal, $field:ident: $key:ty => $value:ty, $definition:expr, $lock:expr;)*) => {
         $(pub(crate) const $constant: Table<$key, $value> =
-            Table { number: $number, definition: $definition, of: |tables| &tables.$field };)*
+            Table { number: $number, definition: $definition, of: |tables| &tables.$field, lock: $lock };)*
 
         /// How many tables there are.
         pub(crate) const TABLES: usize = [$($number),*].len();
@@ -114,20 +147,26 @@ macro_rules! tables {
 }
 
 tables! {
-    META = 0, meta: &'static str => Bytes, TableDefinition::new("meta");
-    KEYS = 1, keys: Id => Bytes, TableDefinition::new("keys");
-    KEY_DIGESTS = 2, key_digests: &'static [u8; 32] => (u8, Id), TableDefinition::new("key_digests");
-    ISSUERS = 3, issuers: Id => Bytes, TableDefinition::new("issuers");
-    BUDGETS = 4, budgets: Id => Bytes, TableDefinition::new("budgets");
-    CALLS = 5, calls: &'static [u8; 32] => Bytes, TableDefinition::new("calls");
-    CALL_IDS = 6, call_ids: Id => &'static [u8; 32], TableDefinition::new("call_ids");
-    ANSWERS = 7, answers: Id => Bytes, TableDefinition::new("answers");
-    HOLDS = 8, holds: (u8, Id) => Bytes, TableDefinition::new("holds");
-    OBJECTS = 9, objects: (&'static str, &'static str) => Id, TableDefinition::new("objects");
-    COUNTERS = 10, counters: (u8, Id, u32, u8) => Bytes, TableDefinition::new("counters");
-    DUE = 11, due: (u64, u8, Id) => (), TableDefinition::new("due");
-    REFUSALS = 12, refusals: (Id, &'static str, u64) => Bytes, TableDefinition::new("refusals");
-    AUDIT = 13, audit: u64 => Bytes, journal::AUDIT;
+    META = 0, meta: &'static str => Bytes, TableDefinition::new("meta"),
+        |name| Lock::ToWrite(lock_of(1, &[name.as_bytes()]));
+    KEYS = 1, keys: Id => Bytes, TableDefinition::new("keys"), |id| lock_of_subject(id);
+    KEY_DIGESTS = 2, key_digests: &'static [u8; 32] => (u8, Id), TableDefinition::new("key_digests"), |_| Lock::Nothing;
+    ISSUERS = 3, issuers: Id => Bytes, TableDefinition::new("issuers"), |id| lock_of_subject(id);
+    BUDGETS = 4, budgets: Id => Bytes, TableDefinition::new("budgets"), |id| lock_of_subject(id);
+    CALLS = 5, calls: &'static [u8; 32] => Bytes, TableDefinition::new("calls"),
+        |identity| Lock::Always(lock_of(2, &[identity.as_slice()]));
+    CALL_IDS = 6, call_ids: Id => &'static [u8; 32], TableDefinition::new("call_ids"), |_| Lock::Nothing;
+    ANSWERS = 7, answers: Id => Bytes, TableDefinition::new("answers"), |_| Lock::Nothing;
+    HOLDS = 8, holds: (u8, Id) => Bytes, TableDefinition::new("holds"),
+        |(_, id)| Lock::Always(lock_of(3, &[id.as_slice()]));
+    OBJECTS = 9, objects: (&'static str, &'static str) => Id, TableDefinition::new("objects"),
+        |(account, object)| Lock::Always(lock_of(4, &[account.as_bytes(), object.as_bytes()]));
+    COUNTERS = 10, counters: (u8, Id, u32, u8) => Bytes, TableDefinition::new("counters"),
+        |(_, id, _, _)| lock_of_subject(id);
+    DUE = 11, due: (u64, u8, Id) => (), TableDefinition::new("due"), |_| Lock::Nothing;
+    REFUSALS = 12, refusals: (Id, &'static str, u64) => Bytes, TableDefinition::new("refusals"),
+        |(id, _, _)| lock_of_subject(id);
+    AUDIT = 13, audit: u64 => Bytes, journal::AUDIT, |_| Lock::Nothing;
 }
 
 /// In `key_digests`: the id is a vault key's.

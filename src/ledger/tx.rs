@@ -21,7 +21,6 @@ use crate::journal::split_sealed;
 use crate::key::Key;
 use crate::ledger::changes::{Change, Changes};
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
-use crate::ledger::redb::view::{Order, Rows, View};
 use crate::ledger::row::{
     self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS,
     KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, Span, Table,
@@ -29,6 +28,7 @@ use crate::ledger::row::{
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict, limits};
+use crate::ledger::source::{Order, Source, SourceRows};
 use crate::ledger::{Actor, LedgerError, Opening, entry};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
@@ -64,7 +64,7 @@ pub(in crate::ledger) struct Judged {
 
 /// A write transaction with what every command needs at hand.
 pub(in crate::ledger) struct Tx<'t> {
-    view: &'t View,
+    source: Source<'t>,
     /// What this transaction changes.
     changes: Changes,
     opening: &'t Opening,
@@ -75,16 +75,16 @@ pub(in crate::ledger) struct Tx<'t> {
 
 impl<'t> Tx<'t> {
     pub(in crate::ledger) fn open(
-        view: &'t View,
+        source: Source<'t>,
         opening: &'t Opening,
         head: Option<Head>,
     ) -> Result<Self, LedgerError> {
         let head = match head {
             Some(head) => head,
-            None => stored_head(view)?,
+            None => stored_head(source)?,
         };
         let (ledger_id, chain_id) = (String::new(), String::new());
-        let mut tx = Self { view, changes: Changes::default(), opening, head, ledger_id, chain_id };
+        let mut tx = Self { source, changes: Changes::default(), opening, head, ledger_id, chain_id };
         if let Some(id) = tx.meta::<LedgerId>(meta::LEDGER_ID)? {
             tx.ledger_id = id.to_string();
             tx.chain_id = tx.meta::<ChainRow>(meta::CHAIN)?.map_or(id, |chain| chain.id).to_string();
@@ -105,7 +105,7 @@ impl<'t> Tx<'t> {
         read: impl FnOnce(V::SelfType<'_>) -> Result<T, LedgerError>,
     ) -> Result<Option<T>, LedgerError> {
         match self.changes.get(table, K::as_bytes(key).as_ref()) {
-            Change::None => self.view.get(table, key, read),
+            Change::None => self.source.get(table, key, read),
             Change::Removed => Ok(None),
             Change::Put(value) => read(V::from_bytes(value)).map(Some),
         }
@@ -117,11 +117,11 @@ impl<'t> Tx<'t> {
         table: &Table<K, V>,
         range: Span<K::SelfType<'_>>,
         read: F,
-    ) -> Result<Rows<K, V, F>, LedgerError>
+    ) -> Result<SourceRows<'t, K, V, F>, LedgerError>
     where
         F: FnMut(K::SelfType<'_>, V::SelfType<'_>) -> Result<T, LedgerError>,
     {
-        self.view.range(table, range, Order::Ascending, Some(&self.changes), read)
+        self.source.range(table, range, Order::Ascending, Some(&self.changes), read)
     }
 
     pub(in crate::ledger) fn put<K: redb::Key, V: redb::Value>(
@@ -130,6 +130,7 @@ impl<'t> Tx<'t> {
         key: &K::SelfType<'_>,
         value: &V::SelfType<'_>,
     ) {
+        self.source.will_write(table, key);
         self.changes.put(table, key, value);
     }
 
@@ -138,11 +139,17 @@ impl<'t> Tx<'t> {
         table: &Table<K, V>,
         key: &K::SelfType<'_>,
     ) {
+        self.source.will_write(table, key);
         self.changes.remove(table, key);
     }
 
     pub(in crate::ledger) fn begin_first_chain(&mut self, id: LedgerId) {
         (self.ledger_id, self.chain_id) = (id.to_string(), id.to_string());
+    }
+
+    /// Whether a collector knows more of this ledger than it does itself, and no operator has accepted that.
+    pub(in crate::ledger) fn has_loss(&self) -> Result<bool, LedgerError> {
+        Ok(self.meta::<LossRow>(meta::LOSS)?.is_some())
     }
 
     /// Notes that a collector knows more of this ledger than it does itself.
@@ -151,7 +158,7 @@ impl<'t> Tx<'t> {
         collector_seq: u64,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
-        if self.meta::<LossRow>(meta::LOSS)?.is_some() {
+        if self.has_loss()? {
             return Ok(());
         }
         self.put_meta(meta::LOSS, &LossRow { since: now, collector_seq });
@@ -652,9 +659,9 @@ impl<'t> Tx<'t> {
     }
 }
 
-fn stored_head(view: &View) -> Result<Head, LedgerError> {
+fn stored_head(source: Source<'_>) -> Result<Head, LedgerError> {
     let all = (Bound::Unbounded, Bound::Unbounded);
-    let mut rows = view.range(&AUDIT, all, Order::Descending, None, |place, stored| {
+    let mut rows = source.range(&AUDIT, all, Order::Descending, None, |place, stored| {
         let (hash, bytes) = split_sealed(stored)?;
         let record: Map<String, Value> =
             serde_json::from_slice(bytes).map_err(|_| LedgerError::Corrupt("record"))?;

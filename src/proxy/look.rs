@@ -106,7 +106,7 @@ impl Proxy {
     ) {
         let account = request.account.as_deref().unwrap_or_default();
         for item in object::billed_items(answers, body).into_iter().take(ITEMS_MAX) {
-            let is_held = self.ledger.redb().hold_of_object(account, &item);
+            let is_held = self.ledger.read(|reader| reader.hold_of_object(account, &item)).await;
             if !is_held.is_ok_and(|hold| hold.is_some_and(|hold| hold.state.is_live())) {
                 continue;
             }

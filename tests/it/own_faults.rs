@@ -309,7 +309,7 @@ async fn panicking(sidecar: &Sidecar, stripe: SocketAddr) -> (SocketAddr, Ledger
     let upstream = Upstream::new(UpstreamConfig::new(base, Arc::new(tls)));
     let forwarder = Arc::new(Forwarder::new(upstream, Secret::new(STRIPE_KEY)));
     let state = Arc::new(AccountState::new(Mode::Test));
-    account::recall(&state, &ledger, &forwarder).unwrap();
+    account::recall(&state, &ledger, &forwarder).await.unwrap();
     let config = ProxyConfig {
         node: "node".to_owned(),
         stamp: true,
@@ -347,13 +347,16 @@ async fn a_panic_in_a_held_call_is_a_doubt_at_once() {
         let doubt = answer.headers().contains_key("keybrake-outcome");
         (answer.status().as_u16(), doubt, answer.text().await.unwrap())
     };
-    let state = || ledger.redb().calls(&CallFilter::default(), None, 10).unwrap().items[0].state;
+    let state = async || {
+        let found = ledger.read(|reader| reader.calls(&CallFilter::default(), None, 10)).await;
+        found.unwrap().items[0].state
+    };
     let (status, doubt, told) = charge().await;
     assert!((status, doubt) == (502, true) && told.contains("outcome_unknown"), "{status} {told}");
-    assert_eq!(state(), CallState::Doubt);
+    assert_eq!(state().await, CallState::Doubt);
     let (status, _, told) = charge().await;
     assert_eq!(status, 200, "{told}");
-    assert_eq!(state(), CallState::Spent);
+    assert_eq!(state().await, CallState::Spent);
     assert_eq!(standin.executed().len(), 1);
 }
 

@@ -5,6 +5,7 @@ use std::sync::mpsc::SyncSender;
 use crate::ledger::command::Command;
 use crate::ledger::execute::{Around, Waiting, execute, refuse_all};
 use crate::ledger::redb::RedbStore;
+use crate::ledger::source::Source;
 use crate::ledger::tx::{Head, Tx};
 use crate::ledger::writer::Chore;
 use crate::ledger::{LedgerError, Opening};
@@ -47,7 +48,7 @@ impl<'a> Writer<'a> {
         waiting: &mut Vec<Waiting<'c>>,
     ) -> Result<(), LedgerError> {
         let view = self.store.view();
-        let mut tx = match Tx::open(&view, &self.opening, self.head) {
+        let mut tx = match Tx::open(Source::View(&view), &self.opening, self.head) {
             Ok(tx) => tx,
             Err(error) => {
                 refuse_all(batch, &error);

@@ -11,6 +11,7 @@ use redb::{AccessGuard, Database, Key, Range, ReadTransaction, ReadableDatabase,
 use crate::ledger::LedgerError;
 use crate::ledger::changes::{Change, Changes};
 use crate::ledger::row::{Span, Table, Tables};
+use crate::ledger::source::Order;
 
 /// A snapshot of the tree with its tables open.
 pub(crate) struct Tree {
@@ -39,13 +40,6 @@ pub(crate) struct View {
     pub(crate) settling: Arc<Changes>,
     /// What came after.
     pub(crate) recent: Changes,
-}
-
-/// In which order rows are told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Order {
-    Ascending,
-    Descending,
 }
 
 impl View {

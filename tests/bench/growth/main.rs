@@ -89,7 +89,7 @@ async fn run() -> Result<()> {
     while size < most {
         last = Some(grown.fill(filled - size).await?);
         size = filled;
-        report.size(Size { calls: grown.made(), bytes: grown.bytes()?, records: grown.waiting()? });
+        report.size(Size { calls: grown.made(), bytes: grown.bytes()?, records: grown.waiting().await? });
         let name = format!("{size} calls");
         report.case(compare(&name, &grown, rounds, dir.path(), begin(SMALL)).await?);
         filled = filled.saturating_mul(10).min(most);
@@ -113,7 +113,7 @@ async fn run() -> Result<()> {
     sandbox.fill(SMALL).await?;
     let name = format!("{most} records wait");
     report.case(compare(&name, &sandbox, rounds, dir.path(), begin(SMALL)).await?);
-    ensure!(sandbox.waiting()? > most, "records are missing");
+    ensure!(sandbox.waiting().await? > most, "records are missing");
     close(sandbox)?;
 
     let small = Arc::new(Sandbox::open(&dir.path().join("small"), begin(2 * SMALL)).await?);
@@ -189,23 +189,30 @@ async fn prune(data_dir: &Path, calls: u64, last: CallId) -> Result<Vec<Pruning>
     let mut told = Vec::new();
     let shared = Arc::new(sandbox);
     shared.settle().await?;
-    told.push(Pruning::of("nothing is due", None, beside(&shared, WITHOUT, |_| Ok(false)).await?));
+    told.push(Pruning::of(
+        "nothing is due",
+        None,
+        beside(&shared, WITHOUT, async |_: &Sandbox| Ok(false)).await?,
+    ));
     sandbox = Arc::into_inner(shared).context("somebody still uses the ledger")?;
 
     sandbox.pass_days(REMEMBER_DAYS + 1);
     sandbox.issue(16).await?;
     let shared = Arc::new(sandbox);
-    let went = beside(&shared, PRUNING_MAX, |sandbox| Ok(!sandbox.remembers(last)?)).await?;
+    let went =
+        beside(&shared, PRUNING_MAX, async |sandbox: &Sandbox| Ok(!sandbox.remembers(last).await?)).await?;
     told.push(Pruning::of("remembered calls go", went.done.then_some(calls), went));
     sandbox = Arc::into_inner(shared).context("somebody still uses the ledger")?;
 
-    let end = sandbox.waiting()?;
+    let end = sandbox.waiting().await?;
     sandbox.acknowledge(end).await?;
     sandbox.pass_days(AUDIT_DAYS + 1);
     sandbox.issue(16).await?;
     let shared = Arc::new(sandbox);
-    let went = beside(&shared, PRUNING_MAX, |sandbox| Ok(sandbox.first_record()? > end)).await?;
-    let gone = shared.first_record()? - 1;
+    let went =
+        beside(&shared, PRUNING_MAX, async |sandbox: &Sandbox| Ok(sandbox.first_record().await? > end))
+            .await?;
+    let gone = shared.first_record().await? - 1;
     told.push(Pruning::of("ended holds and records go", Some(gone), went));
     close(shared)?;
     Ok(told)
@@ -214,7 +221,7 @@ async fn prune(data_dir: &Path, calls: u64, last: CallId) -> Result<Vec<Pruning>
 async fn beside(
     sandbox: &Arc<Sandbox>,
     longest: Duration,
-    over: impl Fn(&Sandbox) -> Result<bool>,
+    over: impl AsyncFn(&Sandbox) -> Result<bool>,
 ) -> Result<Beside> {
     sandbox.upkeep_beside_calls(BESIDE_CALLERS, BESIDE_EVERY, longest, over).await
 }

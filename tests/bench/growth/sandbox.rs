@@ -228,14 +228,14 @@ impl Sandbox {
     }
 
     /// All records wait from the first on: none was dropped, however old.
-    pub(crate) fn waiting(&self) -> Result<u64> {
-        let log = self.ledger.redb().log_state()?;
+    pub(crate) async fn waiting(&self) -> Result<u64> {
+        let log = self.ledger.read(|reader| reader.log_state()).await?;
         ensure!(log.first == 1, "records were dropped that no collector has: the first is {}", log.first);
         Ok(log.last)
     }
 
-    pub(crate) fn first_record(&self) -> Result<u64> {
-        Ok(self.ledger.redb().log_state()?.first)
+    pub(crate) async fn first_record(&self) -> Result<u64> {
+        Ok(self.ledger.read(|reader| reader.log_state()).await?.first)
     }
 
     /// The collector has all records up to this one.
@@ -243,8 +243,8 @@ impl Sandbox {
         Ok(self.ledger.shipped(to).await?)
     }
 
-    pub(crate) fn remembers(&self, call: CallId) -> Result<bool> {
-        Ok(self.ledger.redb().call_by_id(call)?.is_some())
+    pub(crate) async fn remembers(&self, call: CallId) -> Result<bool> {
+        Ok(self.ledger.read(|reader| reader.call_by_id(call)).await?.is_some())
     }
 
     /// So many calls of each of so many callers.
@@ -280,7 +280,7 @@ impl Sandbox {
         callers: usize,
         every: Duration,
         longest: Duration,
-        over: impl Fn(&Self) -> Result<bool>,
+        over: impl AsyncFn(&Self) -> Result<bool>,
     ) -> Result<Beside> {
         let over_now = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
@@ -302,7 +302,7 @@ impl Sandbox {
             let step = Instant::now();
             self.ledger.tick().await?;
             (steps, longest_step) = (steps + 1, longest_step.max(step.elapsed()));
-            done = over(self)?;
+            done = over(self).await?;
             tokio::time::sleep(TICK_AGAIN).await;
         }
         over_now.store(true, Ordering::Relaxed);

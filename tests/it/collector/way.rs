@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Collector, token};
 use crate::dice::{Dice, Told, seeds};
+use crate::ledger::reads::wait;
 use crate::own_faults::tls_of;
 use crate::standin::{Options, Standin};
 use crate::support::{PATIENCE, Sidecar, client, run};
@@ -79,12 +80,12 @@ impl Shipped {
     }
 
     fn warnings(&self) -> Vec<String> {
-        self.progress.warnings(&self.ledger)
+        wait(self.progress.warnings(&self.ledger))
     }
 
     /// Waits until everything is acknowledged.
     async fn is_shipped(&self) {
-        self.until("all is shipped", || self.progress.backlog(&self.ledger).0 == 0).await;
+        self.until("all is shipped", || wait(self.progress.backlog(&self.ledger)).0 == 0).await;
     }
 
     async fn until(&self, what: &str, is_so: impl Fn() -> bool) {
@@ -366,7 +367,7 @@ async fn records_that_have_waited_for_long_are_warned_of_with_the_reason() {
     shipped.pass(599_999);
     assert_eq!(shipped.warnings(), [""; 0]);
     shipped.pass(1);
-    let waiting = format!("{} audit records wait", shipped.progress.backlog(&shipped.ledger).0);
+    let waiting = format!("{} audit records wait", wait(shipped.progress.backlog(&shipped.ledger)).0);
     shipped
         .until("a warning", || {
             let told = shipped.warnings().concat();

@@ -16,7 +16,6 @@ use keybrake::intent::{Claim, Intent, Seen, Verb};
 use keybrake::key::{Caps, Idempotency, Key};
 use keybrake::ledger::counter::Counter;
 use keybrake::ledger::query::AuditFilter;
-use keybrake::ledger::redb::RedbStore;
 use keybrake::ledger::rules::Admit;
 use keybrake::ledger::rules::resolve::Resolve;
 use keybrake::ledger::{Actor, Admitted, Held, Ledger, LedgerError, Opening};
@@ -24,6 +23,8 @@ use keybrake::money::{Currency, MicroUsd, Money, Rate, Rates};
 use keybrake::secret::Mode;
 use keybrake::time::{Clock, DAY_MS, Day, HOUR_MS, UnixMs};
 use serde_json::{Map, Value};
+
+use crate::ledger::reads::{Reads, wait};
 
 /// One o'clock on 2026-07-14, UTC.
 pub(super) const START: UnixMs = UnixMs::from_millis(1_783_987_200_000 + HOUR_MS);
@@ -221,8 +222,8 @@ impl World {
     }
 
     /// The reads.
-    pub(super) fn reads(&self) -> &RedbStore {
-        self.ledger().redb()
+    pub(super) fn reads(&self) -> Reads<'_> {
+        Reads(self.ledger())
     }
 
     /// Lets time pass.
@@ -434,7 +435,7 @@ impl World {
     fn pages(&self, filter: &AuditFilter, limit: usize) -> Vec<Map<String, Value>> {
         let (mut records, mut after) = (Vec::new(), None);
         loop {
-            let page = self.reads().audit(filter, after, limit).unwrap();
+            let page = wait(self.ledger().audit(filter.clone(), after, limit)).unwrap();
             records.extend(page.items);
             after = page.next;
             if after.is_none() {
