@@ -38,7 +38,7 @@
 //! |---|---|---|
 //! | 0 words | [`money`] [`id`] [`time`] [`secret`] [`refusal`] | nothing of each other's business |
 //! | 1 decisions | [`fx`] [`key`] [`issuer`] [`hold`] [`call`] [`intent`] [`audit`] [`vendor`] | pure: no clock, socket, database, randomness |
-//! | 2 ledger | [`journal`] [`ledger`] [`telemetry`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores: first in a write-ahead log, then in a tree; `writer` commits in batches |
+//! | 2 ledger | [`journal`] [`ledger`] [`postgres`] [`telemetry`] | the log and its queries, of no ledger in particular; `rules` are pure; `redb` loads, asks them and stores: first in a write-ahead log, then in a tree; `writer` commits in batches; sessions and schemas of a PostgreSQL, of no table in particular |
 //! | 3 edges | [`random`] [`upstream`] [`tls`] [`server`] [`forward`] [`account`] [`clock`] [`disk`] | the outside world |
 //! | 4 services | [`proxy`] [`admin`] [`ops`] [`recover`] [`ship`] [`collect`] | one request each; doubts; the log on its way to the collector, and the collector |
 //! | 5 settings | [`config`] | the environment, read once and checked whole |
@@ -73,6 +73,7 @@ pub mod audit;
 pub mod vendor;
 
 pub mod journal;
+pub mod postgres;
 pub mod ledger;
 
 pub mod random;

@@ -54,6 +54,8 @@ mod outcomes;
 #[cfg(test)]
 mod own_faults;
 #[cfg(test)]
+mod postgres;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod raw;

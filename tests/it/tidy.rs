@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(usize, &[&str])] = &[
     (0, &["money", "id", "time", "secret", "refusal"]),
     (1, &["fx", "key", "issuer", "hold", "call", "intent", "audit", "vendor"]),
-    (2, &["journal", "ledger", "telemetry"]),
+    (2, &["journal", "postgres", "ledger", "telemetry"]),
     (3, &["upstream", "tls", "server", "random", "clock", "disk", "forward", "account"]),
     (4, &["proxy", "admin", "audit_api", "ops", "recover", "ship", "collect"]),
     (5, &["config"]),
@@ -19,7 +19,7 @@ const SERVICES_KNOWN: &[(&str, &str)] =
     &[("admin", "proxy"), ("admin", "ship"), ("ops", "ship"), ("collect", "admin")];
 
 /// Modules of one layer that must not know each other: who, and whom not.
-const STRANGERS: &[(&str, &str)] = &[("journal", "ledger")];
+const STRANGERS: &[(&str, &str)] = &[("journal", "ledger"), ("postgres", "ledger"), ("postgres", "journal")];
 
 /// Modules that decide and never act: files, and folders with everything in them.
 const PURE: &[&str] = &[
@@ -56,7 +56,7 @@ const IMPURE: &[&str] = &[
 /// Whatever the ledger stands on, and the ledger.
 const VENDORLESS: &[&str] = &[
     "money", "id", "time", "secret", "refusal", "fx", "key", "issuer", "hold", "call", "intent", "audit",
-    "journal", "ledger",
+    "journal", "postgres", "ledger",
 ];
 /// Names that are part of the API, whoever the vendor is, and what the one type for secrets tells of a key.
 const VENDOR_NAMES_KNOWN: &[&str] =
