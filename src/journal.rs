@@ -29,6 +29,7 @@ use redb::{ReadTransaction, ReadableTable, TableDefinition, TableError, WriteTra
 use serde_json::{Map, Value};
 
 use crate::audit::Sealed;
+use crate::id::CallId;
 use crate::time::UnixMs;
 
 pub use index::{Indexed, drop_below, index_step};
@@ -243,6 +244,11 @@ pub fn first_in(
         Ok((place.value(), sealed_of(stored.value())?))
     });
     rows.collect()
+}
+
+/// The call of whose course a record tells.
+pub(crate) fn call_of(sealed: &Sealed) -> Result<Option<CallId>, JournalError> {
+    fields::Fields::read(&sealed.bytes)?.call()
 }
 
 /// A stored record: its hash and the bytes that were hashed.

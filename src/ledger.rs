@@ -14,8 +14,10 @@ pub mod command;
 pub mod counter;
 pub mod entry;
 mod execute;
+mod held;
 pub(crate) mod loaded;
 pub mod notes;
+pub(crate) mod postgres;
 pub mod query;
 pub mod redb;
 pub mod row;
@@ -24,34 +26,39 @@ pub(crate) mod source;
 pub(crate) mod tx;
 pub mod writer;
 
+pub use held::{Admitted, Held, Sending};
+
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use crate::audit::Entry;
-use crate::call::{Call, KeyBasis, Outcome, RESEND_WITHIN_MS, Record, StoredAnswer};
-use crate::hold::{ExactRequest, Facts, Hold};
+use crate::call::{Call, Outcome, Record};
+use crate::hold::{Facts, Hold};
 use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
-use crate::intent::HoldMark;
 use crate::issuer::Issuer;
 use crate::key::Key;
 use crate::ledger::command::{Command, Reply};
 use crate::ledger::notes::{Note, Notes};
+use crate::ledger::postgres::PostgresStore;
 use crate::ledger::query::{AuditFilter, Page, Reader};
 use crate::ledger::redb::RedbStore;
 use crate::ledger::row::BindingRow;
+use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
-use crate::ledger::rules::{Admit, Executed};
 use crate::ledger::source::Source;
 use crate::ledger::writer::Mail;
-use crate::money::Money;
+use crate::postgres::Target;
 use crate::refusal::Refusal;
 use crate::secret::Mode;
 use crate::time::{Clock, UnixMs};
 
+/// How long an answer may take that has to come from a database.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Commands that may wait for the writer.
 const COMMANDS_WAITING_MAX: usize = 4_096;
 
@@ -106,106 +113,6 @@ impl From<counter::Contradiction> for LedgerError {
     }
 }
 
-/// What an admitted call must be sent with: the proof that its money is durably held.
-///
-/// Not clonable. When it is dropped without [`Ledger::resolve`], nothing is released: the hold stays as it is until
-/// [`Ledger::doubt`], and is a doubt after the next start.
-#[must_use = "the hold stays held until it is resolved"]
-#[derive(Debug)]
-pub struct Held {
-    hold_id: HoldId,
-    call_id: CallId,
-    request: ExactRequest,
-    money: Option<Money>,
-    basis: KeyBasis,
-    first_send: bool,
-    resend_until: Option<UnixMs>,
-}
-
-impl Held {
-    /// Exactly what is to be sent.
-    pub fn request(&self) -> &ExactRequest {
-        &self.request
-    }
-
-    /// The call.
-    pub fn call_id(&self) -> CallId {
-        self.call_id
-    }
-
-    /// What to doubt, should this be lost.
-    pub fn sending(&self) -> Sending {
-        Sending { hold_id: self.hold_id, call_id: self.call_id }
-    }
-
-    /// What is held; `None` for a call whose price is not known.
-    pub fn money(&self) -> Option<Money> {
-        self.money
-    }
-
-    /// Where its upstream key comes from.
-    pub fn basis(&self) -> &KeyBasis {
-        &self.basis
-    }
-
-    /// Whether bytes of this attempt can have left before.
-    pub fn first_send(&self) -> bool {
-        self.first_send
-    }
-
-    /// Whether the same request may be sent again at `now`, should its outcome stay unknown.
-    pub fn may_be_resent(&self, now: UnixMs) -> bool {
-        self.resend_until.is_some_and(|until| now < until)
-    }
-
-    fn of(effects: &rules::Effects, basis: KeyBasis) -> Result<Self, LedgerError> {
-        let missing = || LedgerError::Contradiction("an admitted call has no hold");
-        let (_, hold) = effects.hold.as_ref().ok_or_else(missing)?;
-        let live = hold.live.as_ref().ok_or_else(missing)?;
-        let call = effects.calls.first().ok_or_else(missing)?;
-        let attempt = call.last_attempt().ok_or_else(missing)?;
-        Ok(Self {
-            hold_id: hold.id,
-            call_id: hold.call_id,
-            request: live.request.clone(),
-            money: hold.money(),
-            basis,
-            first_send: attempt.sends <= 1,
-            resend_until: attempt
-                .upstream_key
-                .as_ref()
-                .map(|_| attempt.first_send.plus_millis(RESEND_WITHIN_MS)),
-        })
-    }
-}
-
-/// Which hold is being sent: enough to doubt it, not to send or to settle it.
-#[derive(Clone, Copy, Debug)]
-pub struct Sending {
-    hold_id: HoldId,
-    call_id: CallId,
-}
-
-/// What the ledger says to a money call.
-#[derive(Debug)]
-pub enum Admitted {
-    /// Held: send it.
-    Held(Held),
-    /// Done before: give this answer.
-    Replay {
-        /// The call.
-        call_id: CallId,
-        /// Its answer.
-        answer: StoredAnswer,
-    },
-    /// The object's own record has to be read first: nothing is written, ask again with it, and with how its hold was.
-    Look(Option<HoldMark>),
-    /// It was executed, and its answer was never seen: tell its object.
-    Tell(Box<Executed>),
-    /// No.
-    Refused(Refusal),
-}
-
 /// What became of an attempt to end a doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -245,6 +152,7 @@ pub struct Ledger {
 #[derive(Clone, Debug)]
 enum Store {
     Redb(Arc<RedbStore>),
+    Postgres(Arc<PostgresStore>),
 }
 
 /// How to open a ledger.
@@ -299,46 +207,70 @@ impl Ledger {
         Self { commands, notes, store: Store::Redb(store), boot }
     }
 
+    /// Opens or makes the ledger in a schema of a PostgreSQL, which other sidecars may have together with this one, doubts
+    /// what earlier runs of this sidecar were sending, and starts the writer.
+    ///
+    /// # Errors
+    /// As [`Ledger::open`].
+    pub async fn open_postgres(target: Target, opening: Opening) -> Result<Self, LedgerError> {
+        let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
+        let (boot, notes) = (opening.boot, Notes::default());
+        let store = postgres::open(target, opening, waiting, notes.clone()).await?;
+        Ok(Self { commands, notes, store: Store::Postgres(store), boot })
+    }
+
     /// This run of the process.
     pub fn boot(&self) -> BootId {
-        self.boot
+        match &self.store {
+            Store::Redb(_) => self.boot,
+            Store::Postgres(store) => store.boot(),
+        }
     }
 
     /// The ledger's id.
     pub fn id(&self) -> LedgerId {
-        let Store::Redb(store) = &self.store;
-        store.id()
+        match &self.store {
+            Store::Redb(store) => store.id(),
+            Store::Postgres(store) => store.id(),
+        }
     }
 
     /// The salt of its digests.
     pub fn salt(&self) -> &[u8; 32] {
-        let Store::Redb(store) = &self.store;
-        store.salt()
+        match &self.store {
+            Store::Redb(store) => store.salt(),
+            Store::Postgres(store) => store.salt(),
+        }
     }
 
     /// The time: the machine's clock, held where it was when that is set back.
     pub fn now(&self) -> UnixMs {
-        let Store::Redb(store) = &self.store;
-        store.now()
+        match &self.store {
+            Store::Redb(store) => store.now(),
+            Store::Postgres(store) => store.now(),
+        }
     }
 
     /// Why nothing can be written any more; `None` while all is well.
     pub fn failure(&self) -> Option<String> {
-        let Store::Redb(store) = &self.store;
-        store.failure()
+        match &self.store {
+            Store::Redb(store) => store.failure(),
+            Store::Postgres(store) => store.failure(),
+        }
     }
 
     /// Reads what is durable. `look` may be asked again, when rows have to be fetched for it first.
     ///
     /// # Errors
     /// [`LedgerError`] when the ledger cannot be read, or what `look` says.
-    #[expect(clippy::unused_async, reason = "not every store has its rows at hand")]
     pub async fn read<T>(
         &self,
         look: impl Fn(&Reader<'_>) -> Result<T, LedgerError>,
     ) -> Result<T, LedgerError> {
-        let Store::Redb(store) = &self.store;
-        look(&Reader::of(Source::Store(store), store.id()))
+        match &self.store {
+            Store::Redb(store) => look(&Reader::of(Source::Store(store), store.id())),
+            Store::Postgres(store) => store.read(look).await,
+        }
     }
 
     /// The same, where much may have to be looked through for it: not on a thread that serves requests.
@@ -349,9 +281,13 @@ impl Ledger {
         &self,
         look: impl Fn(&Reader<'_>) -> Result<T, LedgerError> + Send + 'static,
     ) -> Result<T, LedgerError> {
-        let Store::Redb(store) = &self.store;
-        let store = Arc::clone(store);
-        apart(move || look(&Reader::of(Source::Store(&store), store.id()))).await
+        match &self.store {
+            Store::Redb(store) => {
+                let store = Arc::clone(store);
+                apart(move || look(&Reader::of(Source::Store(&store), store.id()))).await
+            }
+            Store::Postgres(store) => store.read(look).await,
+        }
     }
 
     /// Audit records; by default one row for each call, in its last outcome, and every other record.
@@ -364,9 +300,15 @@ impl Ledger {
         after: Option<u64>,
         limit: usize,
     ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
-        let Store::Redb(store) = &self.store;
-        let store = Arc::clone(store);
-        apart(move || store.audit(&filter, after, limit)).await
+        match &self.store {
+            Store::Redb(store) => {
+                let store = Arc::clone(store);
+                apart(move || store.audit(&filter, after, limit)).await
+            }
+            Store::Postgres(store) => {
+                store.read(|reader| reader.audit_without_index(&filter, after, limit)).await
+            }
+        }
     }
 
     /// Judges a money call and, when it is let through, holds its money durably.
@@ -382,8 +324,8 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`]: the hold stays counted and is a doubt after the next start.
     pub async fn resolve(&self, held: Held, resolve: Resolve) -> Result<(), LedgerError> {
-        let Held { hold_id, call_id, .. } = held;
-        self.ask(|reply| Command::Resolve { hold_id, call_id, resolve: Box::new(resolve), reply }).await
+        let sending = held.sending();
+        self.ask(|reply| Command::Resolve { sending, resolve: Box::new(resolve), reply }).await
     }
 
     /// Doubts a hold whose sender failed on the way: bytes may have left. One that was settled before stays settled.
@@ -391,7 +333,6 @@ impl Ledger {
     /// # Errors
     /// [`LedgerError`]: as [`Ledger::resolve`], or it was settled.
     pub async fn doubt(&self, sending: Sending, request_id: String) -> Result<(), LedgerError> {
-        let Sending { hold_id, call_id } = sending;
         let resolve = Resolve {
             outcome: Outcome::Unknown,
             objects: Vec::new(),
@@ -401,7 +342,7 @@ impl Ledger {
             upstream_status: None,
             duration_ms: 0,
         };
-        self.ask(|reply| Command::Resolve { hold_id, call_id, resolve: Box::new(resolve), reply }).await
+        self.ask(|reply| Command::Resolve { sending, resolve: Box::new(resolve), reply }).await
     }
 
     /// Ends an open or doubtful hold by Stripe's own record of its object.
@@ -632,8 +573,18 @@ impl Ledger {
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, LedgerError> {
         let (reply, answer) = Reply::channel();
-        self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
-        answer.await.map_err(|_| writer_gone())?
+        let asked = async {
+            self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
+            answer.await.map_err(|_| writer_gone())?
+        };
+        match &self.store {
+            Store::Redb(_) => asked.await,
+            // A database may be gone for longer than any caller waits.
+            Store::Postgres(_) => {
+                let late = || LedgerError::Unavailable("the database gives no answer".to_owned());
+                tokio::time::timeout(ANSWER_WITHIN, asked).await.unwrap_or_else(|_| Err(late()))
+            }
+        }
     }
 }
 

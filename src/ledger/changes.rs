@@ -61,6 +61,12 @@ impl Changes {
         self.tables[usize::from(table.number)].iter().map(|(key, value)| (&**key, value.as_deref()))
     }
 
+    /// All changed rows, by the numbers of their tables.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = (usize, impl Iterator<Item = (&[u8], Option<&[u8]>)>)> {
+        let tables = self.tables.iter().enumerate().filter(|(_, rows)| !rows.is_empty());
+        tables.map(|(table, rows)| (table, rows.iter().map(|(key, value)| (&**key, value.as_deref()))))
+    }
+
     /// Takes in later changes.
     pub(crate) fn join(&mut self, later: Self) {
         for (rows, later) in self.tables.iter_mut().zip(later.tables) {

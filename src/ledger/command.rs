@@ -12,7 +12,7 @@ use crate::ledger::notes::{Note, Ticket};
 use crate::ledger::row::BindingRow;
 use crate::ledger::rules::Admit;
 use crate::ledger::rules::resolve::{EndDoubt, Resolve};
-use crate::ledger::{Actor, Admitted, Ending, LedgerError, Ticked};
+use crate::ledger::{Actor, Admitted, Ending, LedgerError, Sending, Ticked};
 use crate::refusal::Refusal;
 use crate::time::UnixMs;
 
@@ -27,10 +27,11 @@ impl<T> Reply<T> {
         (Self(Some(sender)), answer)
     }
 
-    /// Answers, once. Whoever asked may have gone; what was done stays done.
-    pub(super) fn tell(&mut self, result: Result<T, LedgerError>) {
-        if let Some(sender) = self.0.take() {
-            let _ = sender.send(result);
+    /// Answers, once. Gives the answer back when whoever asked has gone.
+    pub(super) fn tell(&mut self, result: Result<T, LedgerError>) -> Result<(), Result<T, LedgerError>> {
+        match self.0.take() {
+            Some(sender) => sender.send(result),
+            None => Err(result),
         }
     }
 
@@ -45,7 +46,7 @@ impl<T> Reply<T> {
 #[expect(missing_docs, reason = "each variant is the verb of the same name on `Ledger`, with its arguments")]
 pub enum Command {
     Admit { key_id: KeyId, admit: Box<Admit>, reply: Reply<Admitted> },
-    Resolve { hold_id: HoldId, call_id: CallId, resolve: Box<Resolve>, reply: Reply<()> },
+    Resolve { sending: Sending, resolve: Box<Resolve>, reply: Reply<()> },
     CreateIssuer { issuer: Box<Issuer>, actor: Actor, reply: Reply<()> },
     RevokeIssuer { issuer_id: IssuerId, actor: Actor, reply: Reply<Issuer> },
     ResumeBudget { issuer: Option<IssuerId>, name: String, reason: String, actor: Actor, reply: Reply<bool> },

@@ -1,5 +1,8 @@
 //! What each command does to rows, and to whom that is told once it is durable.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 
@@ -10,15 +13,18 @@ use crate::ledger::row::meta;
 use crate::ledger::rules::{self, Verdict};
 use crate::ledger::tx::{Judged, Tx};
 use crate::ledger::writer::Chore;
-use crate::ledger::{Actor, Admitted, Held, LedgerError};
+use crate::ledger::{Admitted, Held, LedgerError, Sending, Ticked};
 use crate::refusal::CapKind;
 use crate::time::UnixMs;
 
-/// An answer that waits for the commit: it is told why there was none.
-pub(in crate::ledger) type Waiting<'c> = Box<dyn FnOnce(Option<&LedgerError>) + 'c>;
+/// What waits for the commit of a command: it is told why there was none.
+pub(in crate::ledger) type Waiting = Box<dyn FnOnce(&mut Command, Option<&LedgerError>)>;
 
 /// What a command came to; with an error of storage, which breaks its batch.
-pub(in crate::ledger) type Executed<'c> = Result<Waiting<'c>, (Waiting<'c>, LedgerError)>;
+pub(in crate::ledger) type Executed = Result<Waiting, (Waiting, LedgerError)>;
+
+/// Holds that were let through for somebody who had gone: nothing of them was sent, nor will be.
+pub(in crate::ledger) type Unclaimed = Rc<RefCell<Vec<Sending>>>;
 
 /// What a command needs to know beside rows.
 pub(in crate::ledger) struct Around<'a> {
@@ -27,24 +33,19 @@ pub(in crate::ledger) struct Around<'a> {
     /// The machine's clock.
     pub(in crate::ledger) wall: UnixMs,
     /// The time, which never goes back but by an operator's word.
-    pub(in crate::ledger) mark: &'a AtomicU64,
-    /// Who goes on with what need not be done before an answer.
-    pub(in crate::ledger) keeper: &'a SyncSender<Chore>,
-}
-
-fn answer<T>(reply: &mut Reply<T>, result: Result<T, LedgerError>) -> Executed<'_>
-where
-    T: 'static,
-{
-    told(result, |result| reply.tell(result))
+    pub(in crate::ledger) mark: &'a Arc<AtomicU64>,
+    /// Who goes on with what need not be done before an answer, where there is somebody.
+    pub(in crate::ledger) keeper: Option<&'a SyncSender<Chore>>,
+    /// Where it is noted that nobody waits for a hold any more.
+    pub(in crate::ledger) unclaimed: &'a Unclaimed,
 }
 
 /// Pairs what a command came to with whoever is told of it. An error of storage breaks the batch; any other error is the
 /// command's own, and it has written nothing.
-fn told<'c, T: 'static>(
+fn told<T: 'static>(
     result: Result<T, LedgerError>,
-    tell: impl FnOnce(Result<T, LedgerError>) + 'c,
-) -> Executed<'c> {
+    tell: impl FnOnce(&mut Command, Result<T, LedgerError>) + 'static,
+) -> Executed {
     let breaks = match &result {
         Err(error @ LedgerError::Unavailable(_)) => Some(error.clone()),
         Err(
@@ -58,16 +59,31 @@ fn told<'c, T: 'static>(
         )
         | Ok(_) => None,
     };
-    let waiting: Waiting<'c> = Box::new(move |failed| {
-        tell(match failed {
-            Some(error) => Err(error.clone()),
-            None => result,
-        });
+    let waiting: Waiting = Box::new(move |command, failed| {
+        tell(
+            command,
+            match failed {
+                Some(error) => Err(error.clone()),
+                None => result,
+            },
+        );
     });
     match breaks {
         Some(error) => Err((waiting, error)),
         None => Ok(waiting),
     }
+}
+
+/// What tells a command of one kind what it came to.
+macro_rules! answer {
+    ($kind:ident, $result:expr) => {
+        told($result, |command, result| {
+            if let Command::$kind { reply, .. } = command {
+                // Whoever asked may have gone; what was done stays done.
+                drop(reply.tell(result));
+            }
+        })
+    };
 }
 
 /// Answers everything with an error.
@@ -79,7 +95,7 @@ pub(in crate::ledger) fn refuse_all(commands: &mut [Command], error: &LedgerErro
 
 pub(in crate::ledger) fn refuse(command: &mut Command, error: &LedgerError) {
     fn tell<T>(reply: &mut Reply<T>, error: &LedgerError) {
-        reply.tell(Err(error.clone()));
+        drop(reply.tell(Err(error.clone())));
     }
     match command {
         Command::Admit { reply, .. } => tell(reply, error),
@@ -109,77 +125,108 @@ pub(in crate::ledger) fn refuse(command: &mut Command, error: &LedgerError) {
 }
 
 /// Does a command on rows. Nothing of it is durable yet, and nobody is told before that; it can be done again.
-pub(in crate::ledger) fn execute<'c>(
+pub(in crate::ledger) fn execute(
     around: &Around<'_>,
     tx: &mut Tx<'_>,
-    command: &'c mut Command,
+    command: &mut Command,
     now: UnixMs,
-) -> Executed<'c> {
+) -> Executed {
     if let Err(error) = tx.note_clock(now, around.wall) {
         let why = error.clone();
-        return Err((Box::new(move |_| refuse(command, &why)), error));
+        return Err((Box::new(move |command, _| refuse(command, &why)), error));
     }
     match command {
-        Command::Admit { key_id, admit, reply } => answer(reply, admit_call(tx, *key_id, admit, now)),
-        Command::Resolve { hold_id, call_id, resolve, reply } => {
-            answer(reply, tx.resolve(*hold_id, *call_id, resolve, around.boot, now))
+        Command::Admit { key_id, admit, .. } => {
+            admit.boot = around.boot;
+            let admitted = admit_call(tx, *key_id, admit, now);
+            let unclaimed = Rc::clone(around.unclaimed);
+            told(admitted, move |command, result| {
+                let Command::Admit { reply, .. } = command else { return };
+                if let Err(Ok(Admitted::Held(held))) = reply.tell(result) {
+                    unclaimed.borrow_mut().push(held.sending());
+                }
+            })
         }
-        Command::CreateIssuer { issuer, actor, reply } => answer(reply, tx.create_issuer(issuer, actor, now)),
-        Command::RevokeIssuer { issuer_id, actor, reply } => {
-            answer(reply, tx.revoke_issuer(*issuer_id, actor, now))
+        Command::Resolve { sending, resolve, .. } => {
+            answer!(Resolve, tx.resolve(*sending, resolve, now))
         }
-        Command::ResumeBudget { issuer, name, reason, actor, reply } => {
-            answer(reply, tx.resume_budget(*issuer, name, reason, actor, now))
+        Command::CreateIssuer { issuer, actor, .. } => {
+            answer!(CreateIssuer, tx.create_issuer(issuer, actor, now))
         }
-        Command::EndDoubt { hold_id, end, reply } => answer(reply, tx.end_doubt(*hold_id, end, now)),
-        Command::NoteSearch { hold_id, read, came_to, reply } => {
-            answer(reply, tx.note_search(*hold_id, read, came_to, now))
+        Command::RevokeIssuer { issuer_id, actor, .. } => {
+            answer!(RevokeIssuer, tx.revoke_issuer(*issuer_id, actor, now))
         }
-        Command::ForgetCall { call_id, reason, actor, reply } => {
-            answer(reply, tx.forget_call(*call_id, reason, actor, now))
+        Command::ResumeBudget { issuer, name, reason, actor, .. } => {
+            answer!(ResumeBudget, tx.resume_budget(*issuer, name, reason, actor, now))
         }
-        Command::Observe { account, object, facts, record, reply } => {
-            answer(reply, tx.observe(account, object, facts, *record, now))
+        Command::EndDoubt { hold_id, end, .. } => answer!(EndDoubt, tx.end_doubt(*hold_id, end, now)),
+        Command::NoteSearch { hold_id, read, came_to, .. } => {
+            answer!(NoteSearch, tx.note_search(*hold_id, read, came_to, now))
         }
-        Command::Refused { key_id, facts, refusal, duration_ms, reply } => {
-            answer(reply, tx.refused(*key_id, facts, refusal, *duration_ms, now))
+        Command::ForgetCall { call_id, reason, actor, .. } => {
+            answer!(ForgetCall, tx.forget_call(*call_id, reason, actor, now))
         }
-        Command::Record { entry, reply } => {
+        Command::Observe { account, object, facts, record, .. } => {
+            answer!(Observe, tx.observe(account, object, facts, *record, now))
+        }
+        Command::Refused { key_id, facts, refusal, duration_ms, .. } => {
+            answer!(Refused, tx.refused(*key_id, facts, refusal, *duration_ms, now))
+        }
+        Command::Record { entry, .. } => {
             entry.at = now.to_string();
-            answer(reply, tx.append(entry))
+            answer!(Record, tx.append(entry))
         }
-        Command::Note { note, ticket } => note_down(tx, note, ticket, now),
-        Command::IssueKey { key, actor, reply } => answer(reply, tx.issue_key(key, actor, now)),
-        Command::RevokeKey { key_id, actor, reply } => answer(reply, tx.revoke_key(*key_id, actor, now)),
-        Command::KillSwitch { on, reason, actor, reply } => {
-            answer(reply, tx.kill_switch(*on, reason, actor, now))
+        Command::Note { note, .. } => note_down(tx, note, now),
+        Command::IssueKey { key, actor, .. } => answer!(IssueKey, tx.issue_key(key, actor, now)),
+        Command::RevokeKey { key_id, actor, .. } => answer!(RevokeKey, tx.revoke_key(*key_id, actor, now)),
+        Command::KillSwitch { on, reason, actor, .. } => {
+            answer!(KillSwitch, tx.kill_switch(*on, reason, actor, now))
         }
-        Command::Bind { account, key_digest, reply } => answer(reply, tx.bind(account, *key_digest, now)),
-        Command::LowerClock { reason, actor, reply } => {
-            answer(reply, lower_clock(around, tx, reason, actor, now))
+        Command::Bind { account, key_digest, .. } => answer!(Bind, tx.bind(account, *key_digest, now)),
+        Command::LowerClock { reason, actor, .. } => {
+            let lowered = tx.lower_clock(reason, actor, now, around.wall);
+            let mark = Arc::clone(around.mark);
+            told(lowered, move |command, lowered| {
+                let Command::LowerClock { reply, .. } = command else { return };
+                if let Ok((_, after)) = lowered {
+                    mark.store(after.millis(), Ordering::SeqCst);
+                }
+                drop(reply.tell(lowered));
+            })
         }
-        Command::Shipped { to, reply } => {
+        Command::Shipped { to, .. } => {
             tx.put_meta(meta::SHIPPED_TO, to);
-            answer(reply, Ok(()))
+            answer!(Shipped, Ok(()))
         }
-        Command::NoteLoss { collector_seq, reply } => answer(reply, tx.note_loss(*collector_seq, now)),
-        Command::AcceptLoss { fresh, reason, actor, reply } => {
-            answer(reply, tx.accept_loss(*fresh, reason, actor, now))
+        Command::NoteLoss { collector_seq, .. } => answer!(NoteLoss, tx.note_loss(*collector_seq, now)),
+        Command::AcceptLoss { fresh, reason, actor, .. } => {
+            answer!(AcceptLoss, tx.accept_loss(*fresh, reason, actor, now))
         }
-        Command::Flush { reply } => answer(reply, Ok(())),
-        Command::Close { reply } => then_beside(around, Ok(()), reply, |(), reply| Chore::Close(reply)),
-        Command::Tick { reply } => {
-            then_beside(around, tx.tick(now), reply, |left, reply| Chore::KeepUp { left, reply })
-        }
+        Command::Flush { .. } => answer!(Flush, Ok(())),
+        Command::Close { .. } => match around.keeper.cloned() {
+            None => answer!(Close, Ok(())),
+            Some(keeper) => told(Ok(()), move |command, closed| {
+                let Command::Close { reply } = command else { return };
+                go_on(&keeper, closed, reply, |(), reply| Chore::Close(reply));
+            }),
+        },
+        Command::Tick { .. } => match around.keeper.cloned() {
+            None => {
+                let ticked = tx
+                    .tick(now)
+                    .and_then(|left| Ok(left | tx.drop_old_records(now)?))
+                    .map(|left| if left { Ticked::GoOn } else { Ticked::Done });
+                answer!(Tick, ticked)
+            }
+            Some(keeper) => told(tx.tick(now), move |command, left| {
+                let Command::Tick { reply } = command else { return };
+                go_on(&keeper, left, reply, |left, reply| Chore::KeepUp { left, reply });
+            }),
+        },
     }
 }
 
-fn note_down<'c>(
-    tx: &mut Tx<'_>,
-    note: &mut Note,
-    ticket: &'c mut Option<Ticket>,
-    now: UnixMs,
-) -> Executed<'c> {
+fn note_down(tx: &mut Tx<'_>, note: &mut Note, now: UnixMs) -> Executed {
     let noted = match note {
         Note::Record(entry) => {
             entry.at = now.to_string();
@@ -189,7 +236,8 @@ fn note_down<'c>(
             tx.refused(*key_id, facts, refusal, *duration_ms, now)
         }
     };
-    told(noted, |noted| {
+    told(noted, |command, noted| {
+        let Command::Note { ticket, .. } = command else { return };
         // Not settled, it counts as lost.
         let ticket = ticket.take();
         if noted.is_ok() {
@@ -199,30 +247,17 @@ fn note_down<'c>(
 }
 
 /// When what was written is durable, the keeper goes on, and answers.
-fn then_beside<'c, W: 'static, T: 'static>(
-    around: &Around<'_>,
+fn go_on<W, T>(
+    keeper: &SyncSender<Chore>,
     written: Result<W, LedgerError>,
-    reply: &'c mut Reply<T>,
-    chore: impl FnOnce(W, Reply<T>) -> Chore + 'c,
-) -> Executed<'c> {
-    let keeper = around.keeper.clone();
-    told(written, move |written| match written {
+    reply: &mut Reply<T>,
+    chore: impl FnOnce(W, Reply<T>) -> Chore,
+) {
+    match written {
         // Without it nobody is answered, which says that the writer stops.
         Ok(written) => drop(keeper.send(chore(written, reply.take()))),
-        Err(error) => reply.tell(Err(error)),
-    })
-}
-
-fn lower_clock(
-    around: &Around<'_>,
-    tx: &mut Tx<'_>,
-    reason: &str,
-    actor: &Actor,
-    now: UnixMs,
-) -> Result<(UnixMs, UnixMs), LedgerError> {
-    let lowered = tx.lower_clock(reason, actor, now, around.wall)?;
-    around.mark.store(around.wall.millis(), Ordering::SeqCst);
-    Ok(lowered)
+        Err(error) => drop(reply.tell(Err(error))),
+    }
 }
 
 fn admit_call(

@@ -103,6 +103,8 @@ pub(crate) struct Loaded {
     locks: Option<BTreeSet<u32>>,
     /// What rows probably are, where it is only to be found out what is needed.
     hints: Option<Hints>,
+    /// Whether what is missing is left out for now, so that all that is needed is found out at once.
+    goes_on: bool,
     needs: RefCell<Needs>,
 }
 
@@ -114,7 +116,7 @@ fn missing() -> LedgerError {
 impl Loaded {
     /// For whoever only reads.
     pub(crate) fn to_read() -> Self {
-        Self::default()
+        Self { goes_on: true, ..Self::default() }
     }
 
     /// For whoever writes, under these locks.
@@ -124,7 +126,7 @@ impl Loaded {
 
     /// To find out what will be needed: rows are what they probably are.
     pub(crate) fn to_guess(hints: Hints) -> Self {
-        Self { locks: Some(BTreeSet::new()), hints: Some(hints), ..Self::default() }
+        Self { locks: Some(BTreeSet::new()), hints: Some(hints), goes_on: true, ..Self::default() }
     }
 
     pub(crate) fn into_hints(self) -> Hints {
@@ -183,8 +185,11 @@ impl Loaded {
         if let Some(rows) = self.needs.borrow_mut().rows.get_mut(number) {
             rows.insert(bytes.into());
         }
-        let Some(hints) = &self.hints else { return Err(missing()) };
-        hints.get(number, bytes).map(|value| read(V::from_bytes(value))).transpose()
+        if !self.goes_on {
+            return Err(missing());
+        }
+        let hint = self.hints.as_ref().and_then(|hints| hints.get(number, bytes));
+        hint.map(|value| read(V::from_bytes(value))).transpose()
     }
 
     pub(crate) fn range<'s, K: Key, V: Value, T, F>(
@@ -224,13 +229,8 @@ impl Loaded {
             rows.extend(changed.into_iter().filter_map(|(key, value)| Some((key.into(), value?.into()))));
             rows.sort_by(|(a, _), (b, _)| ahead(a, b));
         }
-        let rows = rows.into_iter();
-        let Some(limit) = next_limit else { return LoadedRows { rows, more: None, read, of: PhantomData } };
-        if self.hints.is_some() {
-            self.needs.borrow_mut().parts.insert(part, limit);
-            return LoadedRows { rows, more: None, read, of: PhantomData };
-        }
-        LoadedRows { rows, more: Some((&self.needs, part, limit)), read, of: PhantomData }
+        let more = next_limit.map(|limit| (self, part, limit));
+        LoadedRows { rows: rows.into_iter(), more, read, of: PhantomData }
     }
 }
 
@@ -253,7 +253,7 @@ impl Part {
 /// Rows of a part in order, as far as they were loaded; whoever comes to the end of those needs more.
 pub(crate) struct LoadedRows<'s, K, V, F> {
     rows: std::vec::IntoIter<(Box<[u8]>, Box<[u8]>)>,
-    more: Option<(&'s RefCell<Needs>, Part, usize)>,
+    more: Option<(&'s Loaded, Part, usize)>,
     read: F,
     of: PhantomData<(K, V)>,
 }
@@ -268,8 +268,8 @@ where
         if let Some((key, value)) = self.rows.next() {
             return Some((self.read)(K::from_bytes(&key), V::from_bytes(&value)));
         }
-        let (needs, part, limit) = self.more.take()?;
-        needs.borrow_mut().parts.insert(part, limit);
-        Some(Err(missing()))
+        let (loaded, part, limit) = self.more.take()?;
+        loaded.needs.borrow_mut().parts.insert(part, limit);
+        (!loaded.goes_on).then(|| Err(missing()))
     }
 }

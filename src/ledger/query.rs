@@ -1,8 +1,10 @@
 //! Reads: they see what is durable, and do not wait for the writer. A query of the audit log has what it asks about taken
 //! into the tree first, where its index is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Bound;
+
+use serde_json::{Map, Value};
 
 use crate::audit::{Broken, Sealed, Verifier};
 use crate::call::{Call, CallState};
@@ -334,6 +336,45 @@ impl<'s> Reader<'s> {
         // One that went meanwhile is left out.
         let mut rows = ids.filter_map(|id| id.and_then(|id| self.call_by_id(id)).transpose());
         page(&mut rows, limit, |call: &Call| call.id, |call| matches_call(filter, call))
+    }
+
+    /// Audit records, where the log has no index: all of it that is kept is looked through, the newest first.
+    ///
+    /// # Errors
+    /// [`LedgerError`], also when there is more of it than one answer may look through.
+    pub fn audit_without_index(
+        &self,
+        filter: &AuditFilter,
+        after: Option<u64>,
+        limit: usize,
+    ) -> Result<Page<Map<String, Value>, u64>, LedgerError> {
+        let log = self.rows(&AUDIT, all(), Order::Descending, |place, stored| {
+            let sealed = sealed_of(stored)?;
+            Ok((place, journal::call_of(&sealed)?, sealed.to_json()))
+        })?;
+        let (mut told, mut found) = (HashSet::new(), Vec::new());
+        for record in log {
+            let (place, call, record) = record?;
+            let is_last = filter.all_events || call.is_none_or(|call| told.insert(call));
+            if is_last && filter.matches(&record) {
+                found.push((place, record));
+            }
+        }
+        if filter.ascending {
+            found.reverse();
+        }
+        let is_behind = |place: u64| match (after, filter.ascending) {
+            (None, _) => true,
+            (Some(after), true) => place > after,
+            (Some(after), false) => place < after,
+        };
+        let mut rest = found.into_iter().filter(|(place, _)| is_behind(*place)).peekable();
+        let (mut items, mut at) = (Vec::new(), None);
+        for (place, record) in rest.by_ref().take(limit) {
+            at = Some(place);
+            items.push(record);
+        }
+        Ok(Page { items, next: at.filter(|_| rest.peek().is_some()) })
     }
 
     /// What a shipper has to know of the log.

@@ -78,7 +78,7 @@ pub struct RedbStore {
     salt: [u8; 32],
     failure: Mutex<Option<String>>,
     /// The highest time that was ever used: the clock may not go back, or windows and remembered times would open again.
-    mark: AtomicU64,
+    mark: Arc<AtomicU64>,
     clock: Clock,
 }
 
@@ -225,7 +225,7 @@ impl RedbStore {
             id,
             salt,
             failure: Mutex::new(None),
-            mark: AtomicU64::new(now.millis()),
+            mark: Arc::new(AtomicU64::new(now.millis())),
             clock: opening.clock.clone(),
         })
     }

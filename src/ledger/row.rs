@@ -67,6 +67,8 @@ pub mod meta {
     pub const SHIPPED_TO: &str = "shipped_to";
     /// [`super::LossRow`], from when a collector was seen to know more than this ledger until an operator accepts it.
     pub const LOSS: &str = "loss";
+    /// What each sidecar has for itself, where several have a ledger together.
+    pub(crate) const OWN: &[&str] = &[CLOCK_MARK, AUDIT_FLOOR, CHAIN, SHIPPED_TO, LOSS];
     /// [`super::WalRow`]: how far the file has taken in its write-ahead log.
     pub const WAL: &str = "wal";
 }
@@ -121,6 +123,9 @@ macro_rules! tables {
         /// How many tables there are.
         pub(crate) const TABLES: usize = [$($number),*].len();
 
+        /// Their names, by their numbers.
+        pub(crate) const TABLE_NAMES: [&str; TABLES] = [$(stringify!($field)),*];
+
         /// All tables of one snapshot.
         pub(crate) struct Tables {
             $($field: ReadOnlyTable<$key, $value>,)*
@@ -148,7 +153,9 @@ macro_rules! tables {
 
 tables! {
     META = 0, meta: &'static str => Bytes, TableDefinition::new("meta"),
-        |name| Lock::ToWrite(lock_of(1, &[name.as_bytes()]));
+        |name| {
+            if meta::OWN.contains(name) { Lock::Nothing } else { Lock::ToWrite(lock_of(1, &[name.as_bytes()])) }
+        };
     KEYS = 1, keys: Id => Bytes, TableDefinition::new("keys"), |id| lock_of_subject(id);
     KEY_DIGESTS = 2, key_digests: &'static [u8; 32] => (u8, Id), TableDefinition::new("key_digests"), |_| Lock::Nothing;
     ISSUERS = 3, issuers: Id => Bytes, TableDefinition::new("issuers"), |id| lock_of_subject(id);

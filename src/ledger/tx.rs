@@ -3,6 +3,7 @@
 mod endings;
 mod grants;
 mod opening;
+mod records;
 mod upkeep;
 
 use std::ops::Bound;
@@ -10,12 +11,12 @@ use std::ops::Bound;
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 use serde_json::{Map, Value};
-use sha2::{Digest as _, Sha256};
+use sha2::Digest as _;
 
-use crate::audit::{self, Entry, Event, FIRST_PREV_HASH, Place};
-use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Record, StoredAnswer};
+use crate::audit::{Event, FIRST_PREV_HASH};
+use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Outcome, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState, Lane};
-use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId, hex};
+use crate::id::{CallId, HoldId, Identity, KeyId, LedgerId};
 use crate::intent::Claim;
 use crate::journal::split_sealed;
 use crate::key::Key;
@@ -23,23 +24,16 @@ use crate::ledger::changes::{Change, Changes};
 use crate::ledger::counter::{CounterKey, Counters, keys_of};
 use crate::ledger::row::{
     self, ANSWERS, AUDIT, BindingRow, CALL_IDS, CALLS, COUNTERS, ChainRow, DUE, DUE_CALL, DUE_HOLD, HOLDS,
-    KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, REFUSALS, RefusalRow, Span, Table,
-    meta,
+    KEYS, KillSwitchRow, LossRow, META, OBJECTS, PHASE_ENDED, PHASE_LIVE, Span, Table, meta,
 };
 use crate::ledger::rules::resolve::{self, InFlight, Resolve};
 use crate::ledger::rules::{self, Admit, Effects, Loaded, Verdict, limits};
 use crate::ledger::source::{Order, Source, SourceRows};
-use crate::ledger::{Actor, LedgerError, Opening, entry};
-use crate::refusal::Refusal;
+use crate::ledger::{Actor, LedgerError, Opening, Sending, entry};
 use crate::time::UnixMs;
 
 /// One minute, the window in which equal refusals are counted together.
 pub(in crate::ledger) const MINUTE_MS: u64 = 60_000;
-
-/// Refusals of one key in one minute that are told apart; a script that never asks the same twice must not fill the log.
-const REFUSALS_TOLD_MAX: u64 = 30;
-/// The row of the others.
-const OTHERS: &str = "others";
 
 /// The end of the audit chain.
 #[derive(Clone, Copy, Debug)]
@@ -143,8 +137,8 @@ impl<'t> Tx<'t> {
         self.changes.remove(table, key);
     }
 
-    pub(in crate::ledger) fn begin_first_chain(&mut self, id: LedgerId) {
-        (self.ledger_id, self.chain_id) = (id.to_string(), id.to_string());
+    pub(in crate::ledger) fn begin_first_chain(&mut self, ledger: LedgerId, chain: LedgerId) {
+        (self.ledger_id, self.chain_id) = (ledger.to_string(), chain.to_string());
     }
 
     /// Whether a collector knows more of this ledger than it does itself, and no operator has accepted that.
@@ -324,7 +318,7 @@ impl<'t> Tx<'t> {
 
     // --- calls, holds, objects, counters
 
-    fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
+    pub(in crate::ledger) fn call(&self, identity: &Identity) -> Result<Option<Call>, LedgerError> {
         self.get(&CALLS, &&identity.0, row::decode)
     }
 
@@ -466,17 +460,23 @@ impl<'t> Tx<'t> {
 
     pub(in crate::ledger) fn resolve(
         &mut self,
-        hold_id: HoldId,
-        call_id: CallId,
+        Sending { hold_id, call_id, sends }: Sending,
         command: &Resolve,
-        boot: BootId,
         now: UnixMs,
     ) -> Result<(), LedgerError> {
         let hold = self.hold(hold_id)?.ok_or(LedgerError::NotFound)?;
-        if hold.state != (HoldState::Sending { boot }) || hold.call_id != call_id {
+        let may_end = match hold.state {
+            HoldState::Sending { .. } => true,
+            // Others took its sender for dead, and it comes back with what it knows.
+            HoldState::Doubt => command.outcome != Outcome::Unknown,
+            HoldState::Open | HoldState::Spent | HoldState::Void => false,
+        };
+        let call = self.call_by_id(call_id)?.ok_or(LedgerError::Contradiction("a hold has no call"))?;
+        // One that was sent again since is ended by whoever did that.
+        let is_last = call.last_attempt().is_some_and(|attempt| attempt.sends == sends);
+        if !may_end || !is_last || hold.call_id != call_id {
             return Err(LedgerError::Contradiction("a hold is resolved that this call is not sending"));
         }
-        let call = self.call_by_id(call_id)?.ok_or(LedgerError::Contradiction("a hold has no call"))?;
         let caller = hold.live.as_ref().map_or(hold.key_id, |live| live.key_id);
         let missing = LedgerError::Contradiction("a hold has no key");
         let key = self.key(caller)?.ok_or_else(|| missing.clone())?;
@@ -578,85 +578,6 @@ impl<'t> Tx<'t> {
             self.put_due(now.plus_millis(EXECUTED_KNOWN_MS), DUE_HOLD, is.id.as_bytes());
         }
     }
-
-    // --- records
-
-    pub(in crate::ledger) fn refused(
-        &mut self,
-        key_id: KeyId,
-        facts: &Facts,
-        refusal: &Refusal,
-        duration_ms: u64,
-        now: UnixMs,
-    ) -> Result<(), LedgerError> {
-        let key = self.key(key_id)?.ok_or(LedgerError::NotFound)?;
-        self.count_refusal(&key, facts, refusal, duration_ms, now)?;
-        self.stop_budget(&key, refusal, now)
-    }
-
-    /// The first refusal of a minute is a record at once; its equals are counted and recorded together later.
-    pub(in crate::ledger) fn count_refusal(
-        &mut self,
-        key: &Key,
-        facts: &Facts,
-        refusal: &Refusal,
-        duration_ms: u64,
-        now: UnixMs,
-    ) -> Result<(), LedgerError> {
-        let minute = now.millis() / MINUTE_MS;
-        let mut equal = format!("{}:{}", refusal.code.as_str(), hex(&subject_of(facts)));
-        let mut entry = entry::of_refusal(now, key, facts, refusal, duration_ms);
-        let mut before = self.refusals(key.id, &equal, minute)?;
-        if before.is_none() {
-            let told = self.refusals(key.id, "", minute)?.map_or(0, |row| row.count);
-            if told < REFUSALS_TOLD_MAX {
-                let row = RefusalRow { count: told.saturating_add(1), entry: String::new() };
-                self.put(&REFUSALS, &(key.id.as_bytes(), "", minute), &row::encode(&row).as_slice());
-            } else {
-                OTHERS.clone_into(&mut equal);
-                // Of all that they were about, only what they have in common is told.
-                let (request_id, method) = (facts.request_id.clone(), facts.method.clone());
-                let common = Facts { request_id, method, ..Facts::default() };
-                entry = entry::of_refusal(now, key, &common, refusal, duration_ms);
-                entry.flags = Some(vec![OTHERS.to_owned()]);
-                before = self.refusals(key.id, &equal, minute)?;
-            }
-        }
-        let row = match before {
-            None => {
-                self.append(&entry)?;
-                RefusalRow { count: 0, entry: String::new() }
-            }
-            Some(before) => RefusalRow {
-                count: before.count.saturating_add(1),
-                entry: serde_json::to_string(&entry).unwrap_or_default(),
-            },
-        };
-        self.put(&REFUSALS, &(key.id.as_bytes(), &equal, minute), &row::encode(&row).as_slice());
-        Ok(())
-    }
-
-    fn refusals(&self, key: KeyId, equal: &str, minute: u64) -> Result<Option<RefusalRow>, LedgerError> {
-        self.get(&REFUSALS, &(key.as_bytes(), equal, minute), row::decode)
-    }
-
-    pub(in crate::ledger) fn append(&mut self, entry: &Entry) -> Result<(), LedgerError> {
-        let (Some(at), Some(seq)) = (self.head.place.checked_add(1), self.head.seq.checked_add(1)) else {
-            return Err(LedgerError::Unavailable("the audit log has no more numbers".to_owned()));
-        };
-        let place = Place {
-            seq,
-            ledger_id: &self.ledger_id,
-            node: &self.opening.node,
-            chain_id: &self.chain_id,
-            prev_hash: self.head.hash,
-        };
-        let sealed = audit::seal(&place, entry);
-        self.put(&AUDIT, &at, &[sealed.hash.as_slice(), &sealed.bytes].concat().as_slice());
-        let time = UnixMs::parse(&entry.at).unwrap_or(self.head.at);
-        self.head = Head { place: at, seq, hash: sealed.hash, at: time };
-        Ok(())
-    }
 }
 
 fn stored_head(source: Source<'_>) -> Result<Head, LedgerError> {
@@ -670,24 +591,6 @@ fn stored_head(source: Source<'_>) -> Result<Head, LedgerError> {
     })?;
     let none = Head { place: 0, seq: 0, hash: FIRST_PREV_HASH, at: UnixMs::default() };
     Ok(rows.next().transpose()?.unwrap_or(none))
-}
-
-/// What a refused request was about. Two that are about the same thing under one key are one in the log.
-fn subject_of(facts: &Facts) -> [u8; 8] {
-    let parts = [
-        Some(facts.method.as_str()),
-        Some(facts.endpoint.as_str()),
-        facts.customer.as_deref(),
-        facts.object_id.as_deref(),
-    ];
-    let mut hash = Sha256::new();
-    let context = facts.context.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]);
-    for part in parts.into_iter().flatten().chain(context) {
-        hash.update(part);
-        hash.update([0]);
-    }
-    let digest: [u8; 32] = hash.finalize().into();
-    digest.first_chunk().copied().unwrap_or_default()
 }
 
 /// When a stored record was written.

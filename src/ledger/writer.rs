@@ -81,9 +81,9 @@ fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
                 Chore::KeepUp { left, mut reply } => {
                     let ticked =
                         store.keep_up(&opening).map(|ticked| if left { Ticked::GoOn } else { ticked });
-                    reply.tell(ticked);
+                    drop(reply.tell(ticked));
                 }
-                Chore::Close(mut reply) => reply.tell(store.close()),
+                Chore::Close(mut reply) => drop(reply.tell(store.close())),
             }));
             if done.is_err() {
                 store.fail(&LedgerError::Unavailable("what takes its log into the tree panicked".to_owned()));
@@ -94,7 +94,7 @@ fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
 }
 
 /// What the next commit is for, notes first; `None` when every handle is gone and everything is taken.
-async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -> Option<Vec<Command>> {
+pub(super) async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -> Option<Vec<Command>> {
     let mut next = Some(mail.recv().await?);
     let until = Instant::now() + Duration::from_millis(NOTES_WAIT_MS);
     let mut commands = Vec::with_capacity(16);

@@ -4,6 +4,7 @@ mod backend;
 mod crash;
 mod format;
 mod notes;
+mod postgres;
 pub(crate) mod reads;
 mod redb;
 mod sim;

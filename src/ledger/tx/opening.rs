@@ -4,9 +4,9 @@ use minicbor::bytes::ByteArray;
 use serde_json::{Map, Value};
 
 use crate::audit::Event;
-use crate::hold::Hold;
-use crate::id::BootId;
-use crate::ledger::row::{self, BindingRow, FORMAT_CLOSED, HOLDS, live_holds, meta};
+use crate::hold::{Hold, HoldState};
+use crate::id::{BootId, HoldId, LedgerId};
+use crate::ledger::row::{self, BindingRow, ChainRow, FORMAT_CLOSED, HOLDS, live_holds, meta};
 use crate::ledger::rules::resolve;
 use crate::ledger::tx::Tx;
 use crate::ledger::{LedgerError, Opening, entry};
@@ -20,7 +20,7 @@ impl Tx<'_> {
         let binding =
             BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
         self.put_meta(meta::BINDING, &binding);
-        self.begin_first_chain(opening.fresh_id);
+        self.begin_first_chain(opening.fresh_id, opening.fresh_id);
         let mut detail = Map::new();
         detail.insert("format".to_owned(), Value::from(FORMAT_CLOSED));
         detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
@@ -40,15 +40,60 @@ impl Tx<'_> {
 
     pub(in crate::ledger) fn doubt_orphans(&mut self, boot: BootId, now: UnixMs) -> Result<(), LedgerError> {
         for hold in self.live_holds()? {
-            let Some(key) = self.key(hold.live.as_ref().map_or(hold.key_id, |live| live.key_id))? else {
-                return Err(LedgerError::Contradiction("a live hold has no key"));
-            };
-            let call = self.call_by_id(hold.call_id)?;
-            if let Some(effects) = resolve::orphan(&hold, call.as_ref(), &key, boot, now) {
-                self.write(&effects, now)?;
-            }
+            self.doubt_orphan(&hold, boot, now)?;
         }
         Ok(())
+    }
+
+    fn doubt_orphan(&mut self, hold: &Hold, boot: BootId, now: UnixMs) -> Result<(), LedgerError> {
+        let Some(key) = self.key(hold.live.as_ref().map_or(hold.key_id, |live| live.key_id))? else {
+            return Err(LedgerError::Contradiction("a live hold has no key"));
+        };
+        let call = self.call_by_id(hold.call_id)?;
+        match resolve::orphan(hold, call.as_ref(), &key, boot, now) {
+            Some(effects) => self.write(&effects, now),
+            None => Ok(()),
+        }
+    }
+
+    /// The first rows of a ledger that several sidecars have together, where there are none, and of this one's own chain.
+    pub(in crate::ledger) fn join(&mut self, opening: &Opening, now: UnixMs) -> Result<(), LedgerError> {
+        if self.meta::<LedgerId>(meta::LEDGER_ID)?.is_none() {
+            self.put_meta(meta::LEDGER_ID, &opening.fresh_id);
+            self.put_meta(meta::SALT, &ByteArray::from(opening.fresh_salt));
+            let binding =
+                BindingRow { account: None, mode: opening.mode.as_str().to_owned(), verified_key: None };
+            self.put_meta(meta::BINDING, &binding);
+        }
+        self.check_mode(opening)?;
+        if self.meta::<ChainRow>(meta::CHAIN)?.is_none() {
+            self.put_meta(meta::CHAIN, &ChainRow { id: opening.fresh_id, base: 0 });
+            self.begin_first_chain(self.ledger_id()?, opening.fresh_id);
+            let mut detail = Map::new();
+            detail.insert("mode".to_owned(), Value::from(opening.mode.as_str()));
+            self.append(&entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))?;
+        }
+        Ok(())
+    }
+
+    /// Doubts what runs of the process that are gone were sending, so many at most. Answers how many there were.
+    pub(in crate::ledger) fn doubt_those_of(
+        &mut self,
+        gone: &[BootId],
+        own: BootId,
+        most: usize,
+        now: UnixMs,
+    ) -> Result<usize, LedgerError> {
+        let is_theirs =
+            |hold: &Hold| matches!(hold.state, HoldState::Sending { boot } if gone.contains(&boot));
+        let theirs: Vec<HoldId> =
+            self.live_holds()?.iter().filter(|hold| is_theirs(hold)).map(|hold| hold.id).take(most).collect();
+        for id in &theirs {
+            // Again, now that it is known which one has to be locked.
+            let Some(hold) = self.hold(*id)?.filter(is_theirs) else { continue };
+            self.doubt_orphan(&hold, own, now)?;
+        }
+        Ok(theirs.len())
     }
 
     pub(in crate::ledger) fn live_holds(&self) -> Result<Vec<Hold>, LedgerError> {

@@ -3,15 +3,18 @@
 use std::collections::HashSet;
 use std::ops::Bound;
 
+use minicbor::bytes::ByteArray;
+
 use crate::audit::Entry;
 use crate::id::{CallId, HoldId, KeyId};
+use crate::journal::split_sealed;
 use crate::ledger::LedgerError;
 use crate::ledger::row::{
-    self, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS, KEY_KIND_VAULT, KEYS, OBJECTS,
-    PHASE_ENDED, REFUSALS, RefusalRow, all, meta,
+    self, AUDIT, AuditFloorRow, COUNTERS, DUE, DUE_CALL, DUE_HOLD, DUE_KEY, HOLDS, KEY_DIGESTS,
+    KEY_KIND_VAULT, KEYS, OBJECTS, PHASE_ENDED, REFUSALS, RefusalRow, all, meta,
 };
 use crate::ledger::rules::resolve::{self, Prune};
-use crate::ledger::tx::{MINUTE_MS, Tx};
+use crate::ledger::tx::{MINUTE_MS, Tx, time_of};
 use crate::time::{DAY_MS, UnixMs};
 
 /// Rows that one step of one kind of upkeep touches at most: calls wait for it.
@@ -24,6 +27,36 @@ impl Tx<'_> {
         let refusals = self.record_counted_refusals(now)?;
         let due = self.look_at_due(now)?;
         Ok(refusals.max(due) == STEP_ROWS_MAX)
+    }
+
+    /// Deletes records whose time has come at the beginning of the chain, where the log has no index of its own. Answers
+    /// whether there may be more of them.
+    pub(in crate::ledger) fn drop_old_records(&mut self, now: UnixMs) -> Result<bool, LedgerError> {
+        let (ships, days) = (self.opening.ships, self.opening.audit_days);
+        let keep_ms = u64::from(days).saturating_mul(DAY_MS);
+        let shipped = self.meta::<u64>(meta::SHIPPED_TO)?.unwrap_or(0);
+        let last = self.head().place;
+        let (mut gone, mut floor) = (Vec::new(), None);
+        let first = self.range(&AUDIT, all(), |place, stored| {
+            let (hash, bytes) = split_sealed(stored)?;
+            Ok((place, hash, time_of(bytes)?))
+        })?;
+        for found in first.take(STEP_ROWS_MAX) {
+            let (place, hash, at) = found?;
+            let kept = now.millis_since(at) <= keep_ms;
+            let waits = ships && place > shipped;
+            // The last record stays: the next one continues it.
+            if kept || waits || place >= last {
+                break;
+            }
+            gone.push(place);
+            floor = Some(AuditFloorRow { seq: place.saturating_add(1), prev_hash: ByteArray::from(hash) });
+        }
+        if let Some(floor) = floor {
+            self.put_meta(meta::AUDIT_FLOOR, &floor);
+        }
+        gone.iter().for_each(|place| self.remove(&AUDIT, place));
+        Ok(gone.len() == STEP_ROWS_MAX)
     }
 
     /// Time that passes without a record must not be lost when the clock is set back over a restart.

@@ -49,7 +49,8 @@ macro_rules! conformance {
     ($place:path: $($name:ident)*) => { $(
         #[tokio::test]
         async fn $name() {
-            let place = $place();
+            // A store that is not there says so itself.
+            let Some(place) = Option::from($place()) else { return };
             crate::ledger::suite::$name(crate::ledger::world::World::new(place)).await;
         }
     )* };
@@ -1330,15 +1331,33 @@ pub(super) async fn old_records_go_and_the_chain_holds(mut world: World) {
     world.check();
 }
 
-/// Whoever shows a hold that is not being sent any more changes nothing, and everybody else goes on.
+/// A sender that was taken for dead still ends what it sent; whoever shows a hold that is over changes nothing, and
+/// everybody else goes on.
 pub(super) async fn a_hold_is_resolved_once(mut world: World) {
     let key = world.key("k", |_| ()).await;
     let held = world.held(key, &Ask::charge("a", 100)).await;
+    let sending = held.sending();
     world.restart();
-    let late = world.resolve(Outcome::Declined, &[], Some(402));
-    let answer = world.ledger().resolve(held, late).await;
-    assert!(matches!(answer, Err(LedgerError::Contradiction(_))), "{answer:?}");
     assert_eq!(world.total(key, Lane::In).doubt, usd("1.00"));
+    let late = world.resolve(Outcome::Declined, &[], Some(402));
+    world.ledger().resolve(held, late).await.unwrap();
+    assert_eq!(world.total(key, Lane::In).doubt, usd("0.00"));
+    let again = world.ledger().doubt(sending, "req".to_owned()).await;
+    assert!(matches!(again, Err(LedgerError::Contradiction(_))), "{again:?}");
+    let Admitted::Held(held) = world.admit(key, &Ask::charge("c", 100)).await.unwrap() else {
+        panic!("held")
+    };
+    world.restart();
+    // Sent again meanwhile: what became of the first sending is told by the second.
+    let Admitted::Held(second) = world.admit(key, &Ask::charge("c", 100)).await.unwrap() else {
+        panic!("held")
+    };
+    let late = world.resolve(Outcome::Declined, &[], Some(402));
+    let answer = world.ledger().resolve(held, late.clone()).await;
+    assert!(matches!(answer, Err(LedgerError::Contradiction(_))), "{answer:?}");
+    let spent = world.resolve(Outcome::Spent { minor: 100 }, &["ch_c"], Some(200));
+    world.ledger().resolve(second, spent).await.unwrap();
+    assert_eq!(world.total(key, Lane::In).spent, usd("1.00"));
     world.charged(key, "b", 100).await;
     assert_eq!(world.ledger().failure(), None);
     world.check();

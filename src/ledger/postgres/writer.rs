@@ -1,0 +1,520 @@
+//! Commits batches in the database: what a batch probably needs is guessed from what was seen lately, locked and loaded in
+//! one round trip, the rules run on it in memory, and one more round trip writes and commits. What was missing is loaded,
+//! and the rules run again; where a lock was missing, everything begins again with it, so that all locks are taken in one
+//! order and nobody waits in a circle.
+//!
+//! A commit whose answer was lost is neither yes nor no. The writer asks the database before it says anything, and until it
+//! knows it does nothing else. What a call came to (a settle, a void, a doubt) is kept and written when the database is
+//! back; everything else is refused at once while it is not.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::id::{BootId, Identity};
+use crate::ledger::changes::Changes;
+use crate::ledger::command::Command;
+use crate::ledger::execute::{Around, Unclaimed, Waiting, execute, refuse, refuse_all};
+use crate::ledger::loaded::{Hints, Loaded, Needs};
+use crate::ledger::postgres::PostgresStore;
+use crate::ledger::postgres::session::{self, Ended, Session};
+use crate::ledger::source::Source;
+use crate::ledger::tx::{Head, Tx};
+use crate::ledger::{LedgerError, Opening, Sending};
+use crate::postgres::DatabaseError;
+use crate::time::UnixMs;
+
+/// How often a transaction is begun anew: another stood in its way, or a lock was missing.
+const TRIES_MAX: usize = 12;
+/// How often rules run on one transaction's rows.
+const ROUNDS_MAX: usize = 24;
+/// What calls came to and could not be written yet. More than so many, and they stay held as if they were being sent.
+const KEPT_MAX: usize = 4_096;
+/// How long an answer waits for the truth about a commit, before it says that nobody knows.
+const LOOK_FOR: Duration = Duration::from_secs(3);
+/// The pause between two questions to a database that gives no answer.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Holds of runs that are gone that one transaction doubts.
+const DOUBTED_AT_ONCE: usize = 100;
+
+/// Why a transaction came to nothing.
+#[derive(Debug)]
+enum Trouble {
+    /// The database cannot be used now; nothing is written.
+    Down(String),
+    /// Nobody knows whether it is written.
+    Unknown(String),
+    /// Others took this run of the process for gone.
+    Fenced,
+    /// It stands in the way of others, again and again.
+    Crowded,
+    /// It must not be written.
+    Broken(LedgerError),
+}
+
+impl From<DatabaseError> for Trouble {
+    fn from(error: DatabaseError) -> Self {
+        if error.may_run_again() { Self::Crowded } else { Self::Down(error.to_string()) }
+    }
+}
+
+/// A batch of which nobody knows whether it holds.
+struct Unknown {
+    boot: BootId,
+    batch: i64,
+    commands: Vec<Command>,
+}
+
+/// Commits batches. Owned by the writer thread.
+pub(super) struct Writer {
+    store: Arc<PostgresStore>,
+    opening: Opening,
+    session: Option<Session>,
+    /// The end of this sidecar's chain as the last commit left it.
+    head: Option<Head>,
+    hints: Hints,
+    /// The number of the last batch.
+    batch: i64,
+    /// What waits for the database to be back.
+    kept: VecDeque<Command>,
+    unknown: Option<Unknown>,
+    unclaimed: Unclaimed,
+}
+
+/// What is done with the rows of a transaction. It may be done several times, until it has all that it needs.
+type Work<'w> = &'w mut dyn FnMut(&Around<'_>, &mut Tx<'_>, UnixMs) -> Result<(), LedgerError>;
+
+impl Writer {
+    /// Opens the ledger: makes its schema and first rows, and doubts what earlier runs of this sidecar were sending.
+    pub(super) async fn open(store: Arc<PostgresStore>, opening: Opening) -> Result<Self, LedgerError> {
+        let session = Session::open(&store.target, store.own).await.map_err(unavailable)?;
+        let mut writer = Self {
+            store,
+            opening,
+            session: Some(session),
+            head: None,
+            hints: Hints::default(),
+            batch: 0,
+            kept: VecDeque::new(),
+            unknown: None,
+            unclaimed: Unclaimed::default(),
+        };
+        let joining = writer.opening.clone();
+        let mut found = None;
+        let joined = writer
+            .transact(&mut |around, tx, now| {
+                tx.join(&joining, now)?;
+                tx.note_clock(now, around.wall)?;
+                found = Some((tx.ledger_id()?, tx.salt()?, tx.mark()?));
+                Ok(())
+            })
+            .await;
+        joined.map_err(told)?;
+        let (id, salt, mark) = found.ok_or(LedgerError::Corrupt("ledger id"))?;
+        writer.store.know(id, salt, mark);
+        writer.doubt_gone().await.map_err(told)?;
+        Ok(writer)
+    }
+
+    /// Executes a batch, commits once, and only then answers.
+    pub(super) async fn commit(&mut self, batch: Vec<Command>) {
+        if let Some(why) = self.store.latched() {
+            let mut batch = batch;
+            refuse_all(&mut batch, &LedgerError::Unavailable(why));
+            return;
+        }
+        let ticks = batch.iter().any(|command| matches!(command, Command::Tick { .. }));
+        if let Err(why) = self.settle_unknown().await {
+            self.store.note_trouble(Some(why.clone()));
+            self.put_off(batch, &why);
+            return;
+        }
+        let mut all: Vec<Command> = self.kept.drain(..).collect();
+        all.extend(batch);
+        self.commit_all(all).await;
+        let unclaimed = self.unclaimed.take();
+        if !unclaimed.is_empty() {
+            self.commit_all(unclaimed.into_iter().map(Sending::was_not_sent).collect()).await;
+        }
+        if ticks && self.session.is_some() {
+            self.keep_up().await;
+        }
+    }
+
+    /// Commits what is left when the process ends.
+    pub(super) async fn close(&mut self) {
+        if !self.kept.is_empty() {
+            self.commit(Vec::new()).await;
+        }
+    }
+
+    /// At once, or one by one where together they come to nothing.
+    async fn commit_all(&mut self, mut batch: Vec<Command>) {
+        if batch.is_empty() {
+            return;
+        }
+        match self.commit_once(&mut batch).await {
+            Ok(()) => self.store.note_trouble(None),
+            Err(Trouble::Crowded | Trouble::Broken(_)) if batch.len() > 1 => {
+                for command in batch {
+                    Box::pin(self.commit_all(vec![command])).await;
+                }
+            }
+            Err(Trouble::Crowded) => {
+                refuse_all(&mut batch, &LedgerError::Unavailable("it is too crowded; try again".to_owned()));
+            }
+            Err(Trouble::Broken(error)) => refuse_all(&mut batch, &error),
+            Err(Trouble::Fenced) => {
+                let why = "this sidecar was taken for gone".to_owned();
+                self.put_off(batch, &why);
+            }
+            Err(Trouble::Down(why)) => {
+                tracing::warn!(
+                    why,
+                    "the ledger's database cannot be used; money calls are refused until it is back"
+                );
+                self.session = None;
+                self.store.note_trouble(Some(why.clone()));
+                self.put_off(batch, &why);
+            }
+            Err(Trouble::Unknown(why)) => {
+                tracing::warn!(why, "whether a commit holds is not known; nothing is written before it is");
+                self.store.note_trouble(Some(why.clone()));
+                // Their askers have waited for as long as an answer may take.
+                for command in &mut batch {
+                    if !is_outcome(command) {
+                        let why = format!("whether it was written is not known: {why}");
+                        refuse(command, &LedgerError::Unavailable(why));
+                    }
+                }
+                self.unknown = Some(Unknown { boot: self.opening.boot, batch: self.batch, commands: batch });
+            }
+        }
+    }
+
+    async fn commit_once(&mut self, batch: &mut [Command]) -> Result<(), Trouble> {
+        let mut waiting: Vec<Waiting> = Vec::new();
+        {
+            let (waiting, batch) = (&mut waiting, &mut *batch);
+            let mut work = move |around: &Around<'_>, tx: &mut Tx<'_>, now: UnixMs| {
+                waiting.clear();
+                let mut broken = Ok(());
+                for command in batch.iter_mut() {
+                    match execute(around, tx, command, now) {
+                        Ok(answer) => waiting.push(answer),
+                        // All of them are looked at, so that all that is missing is known at once.
+                        Err((answer, error)) => {
+                            waiting.push(answer);
+                            broken = Err(error);
+                        }
+                    }
+                }
+                broken
+            };
+            self.transact(&mut work).await?;
+        }
+        for (command, answer) in batch.iter_mut().zip(waiting) {
+            answer(command, None);
+        }
+        Ok(())
+    }
+
+    /// Runs one transaction to its end.
+    async fn transact(&mut self, work: Work<'_>) -> Result<(), Trouble> {
+        let mut needs = self.guess(work);
+        let mut trouble = Trouble::Crowded;
+        let mut may_be_stale = self.session.is_some();
+        for _ in 0..TRIES_MAX {
+            if self.session.is_none() {
+                self.session = Some(Session::open(&self.store.target, self.store.own).await?);
+            }
+            trouble = match self.attempt(&mut needs, work).await {
+                Ok(()) => return Ok(()),
+                // Of a server that was started anew, an old session tells only that.
+                Err(Trouble::Down(why)) if may_be_stale => {
+                    self.session = None;
+                    may_be_stale = false;
+                    Trouble::Down(why)
+                }
+                Err(Trouble::Unknown(why)) => match self.look(&why).await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => Trouble::Crowded,
+                    Err(trouble) => return Err(trouble),
+                },
+                Err(Trouble::Fenced) => {
+                    self.come_back().await?;
+                    Trouble::Fenced
+                }
+                Err(Trouble::Crowded) => {
+                    if let Some(session) = &self.session
+                        && session.rollback().await.is_err()
+                    {
+                        self.session = None;
+                    }
+                    Trouble::Crowded
+                }
+                Err(trouble @ (Trouble::Down(_) | Trouble::Broken(_))) => return Err(trouble),
+            };
+        }
+        Err(trouble)
+    }
+
+    /// What a transaction will probably need.
+    fn guess(&mut self, work: Work<'_>) -> Needs {
+        let loaded = Loaded::to_guess(std::mem::take(&mut self.hints));
+        // What it comes to is of no interest.
+        let _ = self.run(&loaded, self.store.now(), work);
+        let needs = loaded.take_needs();
+        self.hints = loaded.into_hints();
+        needs
+    }
+
+    fn run(&self, loaded: &Loaded, now: UnixMs, work: Work<'_>) -> Result<(Head, Changes), LedgerError> {
+        let mut tx = Tx::open(Source::Loaded(loaded), &self.opening, self.head)?;
+        let around = Around {
+            boot: self.opening.boot,
+            wall: self.store.wall(),
+            mark: &self.store.mark,
+            keeper: None,
+            unclaimed: &self.unclaimed,
+        };
+        work(&around, &mut tx, now)?;
+        Ok((tx.head(), tx.into_changes()))
+    }
+
+    async fn attempt(&mut self, needs: &mut Needs, work: Work<'_>) -> Result<(), Trouble> {
+        let boot = self.opening.boot;
+        let mut loaded = Loaded::to_write(needs.locks.clone());
+        let Some(session) = &self.session else { return Err(Trouble::Down("no session".to_owned())) };
+        let begun = session.begin(boot, needs, &mut loaded).await?;
+        if begun.fenced {
+            return Err(Trouble::Fenced);
+        }
+        if !begun.locked {
+            // They are there now.
+            return Err(Trouble::Crowded);
+        }
+        self.store.note_time(begun.at);
+        for _ in 0..ROUNDS_MAX {
+            let done = self.run(&loaded, self.store.now(), work);
+            let more = loaded.take_needs();
+            let Some(session) = &self.session else { return Err(Trouble::Down("no session".to_owned())) };
+            if more.is_empty() {
+                let (head, changes) = match done {
+                    Ok(done) => done,
+                    Err(error) => {
+                        session.rollback().await?;
+                        return Err(Trouble::Broken(error));
+                    }
+                };
+                if changes.is_empty() {
+                    session.rollback().await?;
+                    return Ok(());
+                }
+                return self.write(&loaded, head, &changes).await;
+            }
+            let needs_locks = !more.locks.is_empty();
+            if !needs_locks {
+                session.load(&more, &mut loaded).await?;
+            }
+            needs.join(more);
+            if needs_locks {
+                return Err(Trouble::Crowded);
+            }
+        }
+        Err(Trouble::Crowded)
+    }
+
+    async fn write(&mut self, loaded: &Loaded, head: Head, changes: &Changes) -> Result<(), Trouble> {
+        let Some(session) = &self.session else { return Err(Trouble::Down("no session".to_owned())) };
+        self.batch += 1;
+        let ended = session.commit(self.opening.boot, self.batch, changes).await;
+        // Guesses: nothing is decided by them, so they may be of a commit that does not hold.
+        for (table, key, value) in loaded.rows() {
+            if let Some(value) = value {
+                self.hints.note(table, key, Some(value));
+            }
+        }
+        for (table, rows) in changes.rows() {
+            rows.for_each(|(key, value)| self.hints.note(table, key, value));
+        }
+        let before = std::mem::replace(&mut self.head, Some(head));
+        match ended {
+            Ended::Held => Ok(()),
+            Ended::Not(error) => {
+                self.head = before;
+                Err(error.into())
+            }
+            // Read again, when it is known.
+            Ended::Unknown(error) => {
+                self.head = None;
+                Err(Trouble::Unknown(error.to_string()))
+            }
+        }
+    }
+
+    /// Whether the last batch holds, asked for as long as an answer may wait for it.
+    async fn look(&mut self, why: &str) -> Result<bool, Trouble> {
+        let since = Instant::now();
+        loop {
+            match self.ask_whether(self.opening.boot, self.batch).await {
+                Ok(holds) => return Ok(holds),
+                Err(_) if since.elapsed() < LOOK_FOR => tokio::time::sleep(LOOK_AGAIN).await,
+                Err(_) => return Err(Trouble::Unknown(why.to_owned())),
+            }
+        }
+    }
+
+    async fn ask_whether(&mut self, boot: BootId, batch: i64) -> Result<bool, DatabaseError> {
+        // Never on the session that lost it: what it says next may be of before.
+        self.session = None;
+        let session = Session::open(&self.store.target, self.store.own).await?;
+        let holds = session.holds(boot, batch).await?;
+        self.session = Some(session);
+        Ok(holds)
+    }
+
+    /// Finds out what became of a batch that nobody knows of. What does not hold comes first in the next one.
+    async fn settle_unknown(&mut self) -> Result<(), String> {
+        let Some(unknown) = self.unknown.take() else { return Ok(()) };
+        match self.ask_whether(unknown.boot, unknown.batch).await {
+            Ok(true) => {
+                // They were let through, and whoever asked was told that nobody knows: nothing was sent.
+                let unsent: Vec<Identity> = unknown
+                    .commands
+                    .iter()
+                    .filter_map(|command| match command {
+                        Command::Admit { admit, .. } => Some(admit.intent.identity),
+                        _ => None,
+                    })
+                    .collect();
+                let boot = unknown.boot;
+                let taken_back = self
+                    .transact(&mut |_, tx, now| {
+                        unsent.iter().try_for_each(|identity| tx.take_back(identity, boot, now))
+                    })
+                    .await;
+                if let Err(trouble) = taken_back {
+                    self.unknown = Some(unknown);
+                    return Err(told(trouble).to_string());
+                }
+                for mut command in unknown.commands {
+                    match &mut command {
+                        Command::Resolve { reply, .. } => drop(reply.tell(Ok(()))),
+                        Command::Note { ticket, .. } => {
+                            if let Some(ticket) = ticket.take() {
+                                ticket.settle();
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+                Ok(())
+            }
+            Ok(false) => {
+                self.kept.extend(unknown.commands.into_iter().filter(is_outcome));
+                Ok(())
+            }
+            Err(error) => {
+                self.unknown = Some(unknown);
+                Err(error.to_string())
+            }
+        }
+    }
+
+    /// Refuses what can be refused, and keeps what calls came to.
+    fn put_off(&mut self, batch: Vec<Command>, why: &str) {
+        let error = LedgerError::Unavailable(why.to_owned());
+        for mut command in batch {
+            if is_outcome(&command) && self.kept.len() < KEPT_MAX {
+                self.kept.push_back(command);
+            } else {
+                refuse(&mut command, &error);
+            }
+        }
+    }
+
+    /// Registers anew, as another run of the process: what this one was sending was made doubts, and what it learns of
+    /// them is taken all the same.
+    async fn come_back(&mut self) -> Result<(), Trouble> {
+        let fenced = self.opening.boot;
+        let digest: [u8; 32] = Sha256::digest(fenced.as_bytes()).into();
+        let random = digest.first_chunk().copied().unwrap_or_default();
+        let boot = BootId::new(self.store.now(), random);
+        let node = &self.opening.node;
+        let registered =
+            session::register(&self.store.target, node, self.store.own.0, boot, Some(fenced)).await?;
+        if registered.is_none() {
+            let why = format!("another process runs as node {node}: give every sidecar a NODE of its own");
+            tracing::error!(node, "{why}");
+            self.store.latch(&why);
+            return Err(Trouble::Broken(LedgerError::Unavailable(why)));
+        }
+        tracing::warn!(node, "this sidecar was silent for so long that others took it for gone; it goes on");
+        self.opening.boot = boot;
+        self.batch = 0;
+        self.head = None;
+        self.store.note_boot(boot);
+        Ok(())
+    }
+
+    /// What is done on a tick beside what the rules do: tells that this run lives, and doubts what those that are gone
+    /// were sending.
+    async fn keep_up(&mut self) {
+        if let Err(trouble) = self.doubt_gone().await {
+            tracing::debug!(?trouble, "upkeep of the ledger came to nothing; it is tried again");
+        }
+    }
+
+    async fn doubt_gone(&mut self) -> Result<(), Trouble> {
+        let boot = self.opening.boot;
+        let Some(session) = &self.session else { return Ok(()) };
+        let gone = session.beat(boot).await?;
+        if gone.is_empty() {
+            return Ok(());
+        }
+        loop {
+            let mut doubted = 0;
+            self.transact(&mut |_, tx, now| {
+                doubted = tx.doubt_those_of(&gone, boot, DOUBTED_AT_ONCE, now)?;
+                Ok(())
+            })
+            .await?;
+            if doubted == 0 {
+                break;
+            }
+        }
+        if let Some(session) = &self.session {
+            session.note_doubted(&gone).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What a call came to, and records for which nobody waits: they are written as soon as they can be.
+fn is_outcome(command: &Command) -> bool {
+    matches!(command, Command::Resolve { .. } | Command::Note { .. })
+}
+
+pub(super) fn unavailable(error: DatabaseError) -> LedgerError {
+    match error {
+        DatabaseError::Newer { found, known, .. } => LedgerError::NewerFormat {
+            found: u32::try_from(found).unwrap_or(u32::MAX),
+            known: u32::try_from(known).unwrap_or(u32::MAX),
+        },
+        DatabaseError::Unavailable(_) | DatabaseError::Refused(_) | DatabaseError::Failed { .. } => {
+            LedgerError::Unavailable(error.to_string())
+        }
+    }
+}
+
+fn told(trouble: Trouble) -> LedgerError {
+    match trouble {
+        Trouble::Broken(error) => error,
+        Trouble::Down(why) | Trouble::Unknown(why) => LedgerError::Unavailable(why),
+        Trouble::Fenced => LedgerError::Unavailable("another process runs as this node".to_owned()),
+        Trouble::Crowded => LedgerError::Unavailable("it is too crowded".to_owned()),
+    }
+}
