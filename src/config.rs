@@ -14,6 +14,7 @@
 
 mod check;
 mod collect;
+mod database;
 mod given;
 
 use std::ffi::OsString;
@@ -28,8 +29,10 @@ pub use self::collect::{COLLECT_VARIABLES, CollectConfig, CollectorConfig, read_
 
 use self::check::{Check, RawTls, or_default};
 use self::collect::RawCollector;
+use self::database::{Names, RawDatabase};
 use self::given::{Given, Reader};
 use crate::fx::Table;
+use crate::postgres;
 use crate::secret::{Mode, Secret};
 use crate::tls::TlsSource;
 use crate::upstream::Base;
@@ -62,7 +65,13 @@ pub const VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_LISTEN", "127.0.0.1:8443", "address(es) of the proxy, comma separated"),
     setting("KEYBRAKE_OPS_LISTEN", "127.0.0.1:9464", "address(es) of metrics and probes (plain HTTP)"),
     setting("KEYBRAKE_DATA_DIR", "./keybrake-data", "directory of the ledger and of tls/, created 0700"),
-    secret("KEYBRAKE_LEDGER_URL", "not built yet, refused: postgres://… for a fleet of workers"),
+    secret(
+        "KEYBRAKE_LEDGER_URL",
+        "postgres://…: one ledger for a fleet of workers; unset: a file in DATA_DIR",
+    ),
+    secret("KEYBRAKE_LEDGER_PASSWORD", "its password, where the URL has none"),
+    setting("KEYBRAKE_LEDGER_CA_FILE", "", "PEM file of one more trust anchor towards the database"),
+    setting("KEYBRAKE_LEDGER_SCHEMA", "keybrake", "schema in it, made when there is none"),
     secret("KEYBRAKE_ADMIN_KEY", "required: bearer of /admin and /audit, 32 characters or more; or two"),
     secret("KEYBRAKE_STRIPE_SECRET_KEY", "required: rk_… (recommended) or sk_…; sk_org_… is refused"),
     setting(
@@ -100,6 +109,13 @@ pub const VARIABLES: &[Variable] = &[
     setting("KEYBRAKE_LOG", "info", "tracing filter for this program"),
     setting("KEYBRAKE_LOG_FORMAT", "json", "json or pretty"),
 ];
+
+const LEDGER: Names = Names {
+    url: "KEYBRAKE_LEDGER_URL",
+    password: "KEYBRAKE_LEDGER_PASSWORD",
+    ca_file: "KEYBRAKE_LEDGER_CA_FILE",
+    schema: "KEYBRAKE_LEDGER_SCHEMA",
+};
 
 /// The settings of client commands, which `serve` ignores. They read `KEYBRAKE_ADMIN_KEY` too.
 pub const CLIENT_VARIABLES: &[Variable] = &[
@@ -153,6 +169,8 @@ pub struct Config {
     pub ops_listen: Vec<SocketAddr>,
     /// Directory of the ledger; may not exist yet.
     pub data_dir: PathBuf,
+    /// The database that has the ledger, which others may use too; unset: a file in `data_dir`.
+    pub ledger: Option<postgres::Target>,
     /// One key or two, each of 32 characters or more.
     pub admin_keys: Vec<Secret>,
     /// The real key.
@@ -213,7 +231,6 @@ impl Config {
         let host_name = given.host_name;
         let mut check = Check { errors };
         let raw: Raw = check.fill(given.values);
-        raw.refuse_unbuilt(&mut check);
         let listen = check.addresses("KEYBRAKE_LISTEN", raw.listen);
         let ops_listen = check.addresses("KEYBRAKE_OPS_LISTEN", raw.ops_listen);
         check.distinct(&listen, &ops_listen);
@@ -258,6 +275,17 @@ impl Config {
                 ca_file: raw.collector_ca_file,
                 format: raw.collector_format,
             }),
+            ledger: check.database(
+                &LEDGER,
+                RawDatabase {
+                    url: raw.ledger_url,
+                    url_file: raw.ledger_url_file,
+                    password: raw.ledger_password,
+                    password_file: raw.ledger_password_file,
+                    ca_file: raw.ledger_ca_file,
+                    schema: raw.ledger_schema,
+                },
+            ),
             listen,
             ops_listen,
             data_dir,
@@ -370,6 +398,10 @@ struct Raw {
     data_dir: Option<String>,
     ledger_url: Option<String>,
     ledger_url_file: Option<String>,
+    ledger_password: Option<String>,
+    ledger_password_file: Option<String>,
+    ledger_ca_file: Option<String>,
+    ledger_schema: Option<String>,
     admin_key: Option<String>,
     admin_key_file: Option<String>,
     stripe_secret_key: Option<String>,
@@ -397,19 +429,6 @@ struct Raw {
     max_body_bytes: Option<String>,
     log: Option<String>,
     log_format: Option<String>,
-}
-
-impl Raw {
-    /// Settings of later steps are known, and never ignored.
-    fn refuse_unbuilt(&self, check: &mut Check) {
-        for (name, given) in
-            [("KEYBRAKE_LEDGER_URL", &self.ledger_url), ("KEYBRAKE_LEDGER_URL_FILE", &self.ledger_url_file)]
-        {
-            if given.is_some() {
-                check.refuse(name, "is not built yet: unset it");
-            }
-        }
-    }
 }
 
 /// Settings of client commands as text.
@@ -490,18 +509,6 @@ mod tests {
 
     fn names(errors: &[ConfigError]) -> Vec<&str> {
         errors.iter().map(|error| error.name.as_str()).collect()
-    }
-
-    #[test]
-    fn help_says_of_a_refused_setting_that_it_is_refused() {
-        let unbuilt = |name: &str| {
-            let errors = Config::from_pairs(pairs(&[(name, "x")])).err().map(|errors| errors.0);
-            errors.is_some_and(|errors| errors.iter().any(|error| error.message.contains("not built yet")))
-        };
-        for variable in VARIABLES {
-            let told = variable.meaning.starts_with("not built yet, refused");
-            assert_eq!(told, unbuilt(variable.name), "{}", variable.name);
-        }
     }
 
     #[test]

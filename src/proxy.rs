@@ -64,6 +64,8 @@ const READ: &str = "GET";
 pub struct ProxyConfig {
     /// The sidecar's label.
     pub node: String,
+    /// Whether other sidecars may have the ledger together with this one.
+    pub has_fleet: bool,
     /// Whether objects are stamped.
     pub stamp: bool,
     /// The largest request body, in bytes.
@@ -256,6 +258,9 @@ impl Proxy {
         };
         match self.ledger.read(|reader| reader.key_by_digest(&secret.digest().0)).await {
             Ok(Some(key)) => Ok(key),
+            Ok(None) if self.config.has_fleet => {
+                Err(unknown("No such vault key is known to the ledger of this fleet.".to_owned()))
+            }
             Ok(None) => Err(unknown(format!(
                 "No such vault key is known to this sidecar (node {}). Keys, caps and memory are each sidecar's own: \
                  a key that another one minted is not known here.",

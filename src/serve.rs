@@ -113,7 +113,7 @@ pub async fn run(
     reload: impl FnMut() -> Option<Config> + Send + 'static,
     hangup: tokio::sync::mpsc::Receiver<()>,
 ) -> Result<(), Stopped> {
-    let sidecar = build(&config)?;
+    let sidecar = build(&config).await?;
     account::recall(&sidecar.account, &sidecar.ledger, &sidecar.forwarder).await?;
     let configured = config.stripe_account.clone();
     let first = account::settle(&sidecar.account, &sidecar.ledger, &sidecar.forwarder, configured.as_deref());
@@ -167,12 +167,12 @@ pub async fn run(
     }
 }
 
-fn build(config: &Config) -> Result<Sidecar, Stopped> {
+async fn build(config: &Config) -> Result<Sidecar, Stopped> {
     make_private_dir(&config.data_dir)
         .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
     let clock = Clock::System;
     let now = clock.now();
-    let ledger = open_ledger(config, &clock, now)?;
+    let ledger = open_ledger(config, &clock, now).await?;
     let tls = match &config.tls {
         Some(source) => {
             let tls = ServerTls::new(source.clone(), wall_clock()).context("TLS cannot be set up")?;
@@ -193,6 +193,7 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
     let proxy = Arc::new(Proxy::new(
         ProxyConfig {
             node: config.node.clone(),
+            has_fleet: config.ledger.is_some(),
             stamp: config.stamp,
             body_bytes_max: config.body_bytes_max,
             upstream_timeout: config.upstream_timeout,
@@ -226,7 +227,25 @@ fn build(config: &Config) -> Result<Sidecar, Stopped> {
     Ok(Sidecar { ledger, forwarder, account, fx, proxy, admin, ops, metrics, tls, way })
 }
 
-fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, LedgerError> {
+async fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, LedgerError> {
+    let opening = Opening {
+        node: config.node.clone(),
+        mode: config.stripe_mode,
+        clock: clock.clone(),
+        boot: BootId::new(now, random::bytes()),
+        fresh_id: LedgerId::new(now, random::bytes()),
+        fresh_salt: random::bytes(),
+        audit_days: u32::from(config.audit_days),
+        ships: config.collector.is_some(),
+    };
+    if let Some(target) = &config.ledger {
+        tracing::info!(
+            database = target.place(),
+            encrypted = target.is_encrypted(),
+            "the ledger is in a database"
+        );
+        return Ledger::open_postgres(target.clone(), opening).await;
+    }
     if config.collector.is_none()
         && let Some(kind) = disk::kind_of(&config.data_dir).filter(|kind| disk::is_fleeting(kind))
     {
@@ -236,19 +255,7 @@ fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledger, Le
              audit log are lost with it; mount a volume"
         );
     }
-    Ledger::open(
-        &config.data_dir.join("keybrake.redb"),
-        Opening {
-            node: config.node.clone(),
-            mode: config.stripe_mode,
-            clock: clock.clone(),
-            boot: BootId::new(now, random::bytes()),
-            fresh_id: LedgerId::new(now, random::bytes()),
-            fresh_salt: random::bytes(),
-            audit_days: u32::from(config.audit_days),
-            ships: config.collector.is_some(),
-        },
-    )
+    Ledger::open(&config.data_dir.join("keybrake.redb"), opening)
 }
 
 /// The way to ask a collector for all nodes.

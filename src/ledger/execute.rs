@@ -14,7 +14,7 @@ use crate::ledger::rules::{self, Verdict};
 use crate::ledger::tx::{Judged, Tx};
 use crate::ledger::writer::Chore;
 use crate::ledger::{Admitted, Held, LedgerError, Sending, Ticked};
-use crate::refusal::CapKind;
+use crate::refusal::{CapKind, Code};
 use crate::time::UnixMs;
 
 /// What waits for the commit of a command: it is told why there was none.
@@ -283,6 +283,13 @@ fn admit_call(
         }
         Verdict::Look(mark) => Ok(Admitted::Look(mark)),
         Verdict::Tell(executed) => Ok(Admitted::Tell(executed)),
+        Verdict::Refuse(refusal)
+            if refusal.code == Code::IdempotencyKeyInUse
+                && admit.may_wait
+                && tx.is_sent_elsewhere(&admit.intent.identity, admit.boot)? =>
+        {
+            Ok(Admitted::Elsewhere)
+        }
         Verdict::Refuse(refusal) => {
             tx.count_refusal(&key, &admit.intent.facts, &refusal, admit.duration_ms, now)?;
             // The limit of one call is the caller's own; all other caps are the payer's.

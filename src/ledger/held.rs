@@ -128,6 +128,8 @@ pub enum Admitted {
     },
     /// The object's own record has to be read first: nothing is written, ask again with it, and with how its hold was.
     Look(Option<HoldMark>),
+    /// Another process is sending it: nothing is written, ask again.
+    Elsewhere,
     /// It was executed, and its answer was never seen: tell its object.
     Tell(Box<Executed>),
     /// No.

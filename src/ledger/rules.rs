@@ -41,6 +41,8 @@ pub struct Admit {
     pub boot: BootId,
     /// Whether the key's rate lets another request through to the vendor.
     pub may_go: bool,
+    /// Whether a call that another process is sending is waited for, rather than refused.
+    pub may_wait: bool,
     /// From acceptance to here, milliseconds.
     pub duration_ms: u64,
 }

@@ -11,12 +11,11 @@ use std::ops::Bound;
 use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 use serde_json::{Map, Value};
-use sha2::Digest as _;
 
 use crate::audit::{Event, FIRST_PREV_HASH};
 use crate::call::{CLOCK_SLACK_MS, Call, EXECUTED_KNOWN_MS, Outcome, Record, StoredAnswer};
 use crate::hold::{Facts, Hold, HoldState, Lane};
-use crate::id::{CallId, HoldId, Identity, KeyId, LedgerId};
+use crate::id::{BootId, CallId, HoldId, Identity, KeyId, LedgerId};
 use crate::intent::Claim;
 use crate::journal::split_sealed;
 use crate::key::Key;
@@ -456,6 +455,20 @@ impl<'t> Tx<'t> {
         let verdict = rules::admit(&loaded, admit, now);
         let payer = payer.clone();
         Ok(Judged { key, payer, verdict })
+    }
+
+    /// Whether another run of a process is sending a call.
+    pub(in crate::ledger) fn is_sent_elsewhere(
+        &self,
+        identity: &Identity,
+        boot: BootId,
+    ) -> Result<bool, LedgerError> {
+        let Some(call) = self.call(identity)? else { return Ok(false) };
+        let hold = self.hold(call.hold_id)?;
+        Ok(hold.is_some_and(|hold| {
+            hold.call_id == call.id
+                && matches!(hold.state, HoldState::Sending { boot: sender } if sender != boot)
+        }))
     }
 
     pub(in crate::ledger) fn resolve(

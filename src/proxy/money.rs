@@ -37,6 +37,10 @@ use crate::vendor::stripe::secrets;
 
 /// How often the object of one call is read, when others change it in between.
 const LOOKS_MAX: u32 = 3;
+/// The first pause before it is asked again what became of a call that another process is sending; each is twice as long.
+const ELSEWHERE_FIRST: Duration = Duration::from_millis(20);
+/// The longest.
+const ELSEWHERE_MAX: Duration = Duration::from_millis(250);
 
 /// How a leader's work ended.
 struct Led {
@@ -155,6 +159,7 @@ impl Proxy {
         let held = match self.admit(course, key, &mut work).await? {
             Admitted::Refused(refusal) => return Err(No::Recorded(refusal)),
             Admitted::Look(_) => return Err(unreadable_object().into()),
+            Admitted::Elsewhere => return Err(busy_object().into()),
             Admitted::Tell(executed) => return self.tell(course, key, &work.intent, *executed).await,
             Admitted::Replay { call_id, answer } => {
                 self.metrics.decided("replayed", "");
@@ -236,7 +241,7 @@ impl Proxy {
 
     /// Asks the ledger, and once more with what the object's record says when only that tells the price.
     async fn admit(&self, course: &mut Course, key: &Key, work: &mut Work) -> Result<Admitted, No> {
-        let mut looks = 0;
+        let (mut looks, mut pause) = (0, ELSEWHERE_FIRST);
         loop {
             let now = self.ledger.now();
             let may_go = self.buckets.take(key, Instant::now());
@@ -246,11 +251,17 @@ impl Proxy {
                 call_id: CallId::new(now, random::bytes()),
                 hold_id: HoldId::new(now, random::bytes()),
                 boot: self.ledger.boot(),
+                may_wait: Instant::now() + pause < course.deadline,
                 duration_ms: course.elapsed_ms(),
             };
             let admitted = course.during(Stage::Reserve, self.ledger.admit(key.id, admit)).await?;
             if may_go && !matches!(admitted, Admitted::Held(_)) {
                 self.buckets.give_back(key);
+            }
+            if let Admitted::Elsewhere = admitted {
+                course.during(Stage::SameCall, tokio::time::sleep(pause)).await;
+                pause = pause.saturating_mul(2).min(ELSEWHERE_MAX);
+                continue;
             }
             let (Admitted::Look(mark), Some((look, purpose))) = (&admitted, &work.look) else {
                 return Ok(admitted);

@@ -38,6 +38,8 @@ mod faults;
 #[cfg(test)]
 mod first;
 #[cfg(test)]
+mod fleet;
+#[cfg(test)]
 mod fuzz;
 #[cfg(test)]
 mod grants;

@@ -388,6 +388,7 @@ impl Sandbox {
             hold_id: HoldId::new(at, random::bytes()),
             boot: self.ledger.boot(),
             may_go: true,
+            may_wait: false,
             duration_ms: 1,
         };
         let mut resolve = answered(number, object, seen_request_id, at);

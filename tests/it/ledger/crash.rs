@@ -219,8 +219,11 @@ async fn check(world: &World, run: &Run, image: Image, marks: &[Mark], what: &st
         if after.reads().key(*key).unwrap().is_some_and(|key| key.status(now) == Status::Active) {
             match after.admit(*key, ask).await.unwrap() {
                 Admitted::Replay { answer, .. } => assert_eq!(answer.body, *body, "{what}"),
-                other
-                @ (Admitted::Held(_) | Admitted::Refused(_) | Admitted::Look(_) | Admitted::Tell(_)) => {
+                other @ (Admitted::Held(_)
+                | Admitted::Refused(_)
+                | Admitted::Look(_)
+                | Admitted::Elsewhere
+                | Admitted::Tell(_)) => {
                     panic!("{what}: {ask:?} got {other:?}")
                 }
             }

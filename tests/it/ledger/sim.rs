@@ -203,6 +203,7 @@ impl History {
                 assert!(node.known.contains(&executed.object_id), "{executed:?}");
             }
             (Admitted::Look(_), None) => panic!("every object has a record"),
+            (Admitted::Elsewhere, None) => panic!("it was not asked to wait"),
         }
     }
 

@@ -210,6 +210,7 @@ impl Cell {
             Admitted::Tell(_) => "told its object".to_owned(),
             Admitted::Refused(refusal) => format!("`{}`", refusal.code.as_str()),
             Admitted::Look(_) => panic!("nothing is read for a creation"),
+            Admitted::Elsewhere => panic!("it was not asked to wait"),
         }
     }
 

@@ -225,7 +225,7 @@ pub(super) async fn many_at_once_never_exceed_a_cap(world: World) {
                 assert_eq!(refusal.code, Code::SpendCapExceeded);
                 refused += 1;
             }
-            Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => {
+            Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Elsewhere | Admitted::Tell(_) => {
                 panic!("nothing was done before")
             }
         }
@@ -251,7 +251,11 @@ pub(super) async fn equal_calls_at_once_are_sent_once(world: World) {
     let held = admitted.iter().filter(|admitted| matches!(admitted, Admitted::Held(_))).count();
     let in_use = |admitted: &&Admitted| match admitted {
         Admitted::Refused(refusal) => refusal.code == Code::IdempotencyKeyInUse,
-        Admitted::Held(_) | Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => false,
+        Admitted::Held(_)
+        | Admitted::Replay { .. }
+        | Admitted::Look(_)
+        | Admitted::Elsewhere
+        | Admitted::Tell(_) => false,
     };
     assert_eq!((held, admitted.iter().filter(in_use).count()), (1, 49));
     assert_eq!(world.total(key, Lane::In).held, usd("1.00"));
@@ -1204,7 +1208,9 @@ async fn may_be_sent_again(world: &World, key: KeyId, name: &str) -> bool {
             world.ledger().resolve(held, world.resolve(Outcome::Unknown, &[], None)).await.unwrap();
             true
         }
-        Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Tell(_) => panic!("{name} has no answer"),
+        Admitted::Replay { .. } | Admitted::Look(_) | Admitted::Elsewhere | Admitted::Tell(_) => {
+            panic!("{name} has no answer")
+        }
     }
 }
 

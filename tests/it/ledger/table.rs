@@ -132,6 +132,7 @@ impl Run {
             }
             Ok(Admitted::Refused(refusal)) => refused(&refusal),
             Ok(Admitted::Look(_)) => "look".to_owned(),
+            Ok(Admitted::Elsewhere) => "elsewhere".to_owned(),
             Ok(Admitted::Tell(executed)) => format!("tell {}", executed.object_id),
             Err(error) => failed(&error),
         }

@@ -341,7 +341,15 @@ impl World {
         let call_id = CallId::new(now, self.random());
         let hold_id = HoldId::new(now, self.random());
         let intent = self.intent(key, ask, call_id);
-        Admit { intent, call_id, hold_id, boot: self.ledger().boot(), may_go: true, duration_ms: 5 }
+        Admit {
+            intent,
+            call_id,
+            hold_id,
+            boot: self.ledger().boot(),
+            may_go: true,
+            may_wait: false,
+            duration_ms: 5,
+        }
     }
 
     /// Asks for a money call.
@@ -369,6 +377,7 @@ impl World {
             other @ (Admitted::Replay { .. }
             | Admitted::Refused(_)
             | Admitted::Look(_)
+            | Admitted::Elsewhere
             | Admitted::Tell(_)) => {
                 panic!("{ask:?}: {other:?}")
             }
