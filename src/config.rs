@@ -587,7 +587,7 @@ mod tests {
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("sk_org_live_")),
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("sk_live_ ")),
             ("KEYBRAKE_STRIPE_SECRET_KEY", marked("")),
-            ("KEYBRAKE_LEDGER_URL", marked("postgres://a:b@c/")),
+            ("KEYBRAKE_LEDGER_URL", marked("mysql://a:b@c/")),
             ("KEYBRAKE_COLLECTOR_TOKEN", marked("")),
             // In the wrong place.
             ("KEYBRAKE_LISTEN", marked("sk_live_")),

@@ -136,13 +136,7 @@ impl Target {
     ) -> Result<Self, TargetError> {
         let (url, mode) = without_sslmode(url)?;
         let mut config: Config = url.parse().map_err(|_| TargetError::Malformed)?;
-        let is_schema = schema.len() <= SCHEMA_CHARS_MAX
-            && schema.starts_with(|first: char| first.is_ascii_lowercase() || first == '_')
-            && schema.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
-            && !schema.starts_with("pg_");
-        if !is_schema {
-            return Err(TargetError::Schema);
-        }
+        is_schema(schema)?;
         if config.get_hosts().is_empty() {
             return Err(TargetError::NoHost);
         }
@@ -205,6 +199,18 @@ impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Target").field("place", &self.place()).finish_non_exhaustive()
     }
+}
+
+/// Whether a schema may have this name.
+///
+/// # Errors
+/// [`TargetError::Schema`].
+pub fn is_schema(name: &str) -> Result<(), TargetError> {
+    let is_one = name.len() <= SCHEMA_CHARS_MAX
+        && name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_')
+        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+        && !name.starts_with("pg_");
+    is_one.then_some(()).ok_or(TargetError::Schema)
 }
 
 /// The modes that a URL may name.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::check::{Check, or_default};
-use crate::postgres::{Target, TargetError};
+use crate::postgres::{Target, TargetError, is_schema};
 use crate::secret::Secret;
 use crate::tls;
 
@@ -34,11 +34,13 @@ impl Check {
             for (name, is_set) in [
                 (password_name.as_str(), raw.password.is_some() || raw.password_file.is_some()),
                 (names.ca_file, raw.ca_file.is_some()),
-                (names.schema, raw.schema.is_some()),
             ] {
                 if is_set {
                     self.refuse(name, format!("has a meaning only with {}", names.url));
                 }
+            }
+            if let Some(Err(error)) = raw.schema.as_deref().map(is_schema) {
+                self.refuse(names.schema, error.to_string());
             }
             return None;
         }

@@ -247,7 +247,7 @@ const BAD_SETTINGS: &[(&str, &str)] = &[
     ("LOG_FORMAT", "xml"),
     ("NODE", "knot\u{fc}"),
     // Later steps.
-    ("LEDGER_URL", "postgres://user:pass@host/db"),
+    ("LEDGER_URL", "nowhere"),
     ("COLLECTOR_URL", "https://collector.example/path"),
     ("COLLECTOR_FORMAT", "xml"),
     ("FX_FILE", "/fx.json"),
