@@ -17,8 +17,8 @@ const ATTACH: Duration = Duration::from_secs(1);
 const BASE_CALLS: usize = 50;
 const MORE_CALLS: usize = 400;
 const COUNTS: usize = 3;
-/// The index of the audit log follows once a second: a run that ended before it would lack what another one has.
-const INDEX_FOLLOWS: Duration = Duration::from_millis(2_500);
+/// The index of the audit log follows every five seconds: a run that ended before it would lack what another one has.
+const INDEX_FOLLOWS: Duration = Duration::from_millis(7_500);
 
 /// Syncs of the disk for each charge, by connections. `Err` tells why there is no figure.
 pub(crate) async fn syncs(
