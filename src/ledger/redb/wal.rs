@@ -27,7 +27,7 @@ const HEADS_AT: [u64; 2] = [0, HEAD_BYTES / 2];
 /// CRC, number and length.
 const FRAME_HEAD_BYTES: usize = CRC_BYTES + 8 + 4;
 /// Of a file that is made. One that is there has the halves that its length gives.
-const HALF_BYTES: u64 = 4 << 20;
+const HALF_BYTES: u64 = 16 << 20;
 const HALF_BYTES_MIN: u64 = 4_096;
 
 /// Names one run of the process.
