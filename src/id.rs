@@ -134,11 +134,13 @@ digest!(
 
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
-    use fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let digit = |nibble: u8| char::from(if nibble < 10 { b'0' + nibble } else { b'a' + nibble - 10 });
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        text.push(digit(byte >> 4));
+        text.push(digit(byte & 15));
+    }
+    text
 }
 
 /// Reads lower-case hexadecimal; `None` for anything else.
@@ -157,6 +159,14 @@ pub fn from_hex(text: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hexadecimal_is_read_as_it_is_written() {
+        let all: Vec<u8> = (0..=255).collect();
+        assert!(hex(&all).starts_with("000102030405060708090a0b0c0d0e0f10"));
+        assert!(hex(&all).ends_with("f8f9fafbfcfdfeff"));
+        assert_eq!(from_hex(&hex(&all)), Some(all));
+    }
 
     #[test]
     fn ids_read_back_and_sort_by_time() {
