@@ -219,6 +219,11 @@ impl Ledger {
         Ok(Self { commands, notes, store: Store::Postgres(store), boot })
     }
 
+    /// Whether other sidecars may have it together with this one.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.store, Store::Postgres(_))
+    }
+
     /// This run of the process.
     pub fn boot(&self) -> BootId {
         match &self.store {
@@ -269,7 +274,7 @@ impl Ledger {
     ) -> Result<T, LedgerError> {
         match &self.store {
             Store::Redb(store) => look(&Reader::of(Source::Store(store), store.id())),
-            Store::Postgres(store) => store.read(look).await,
+            Store::Postgres(store) => Box::pin(store.read(look)).await,
         }
     }
 
@@ -286,7 +291,7 @@ impl Ledger {
                 let store = Arc::clone(store);
                 apart(move || look(&Reader::of(Source::Store(&store), store.id()))).await
             }
-            Store::Postgres(store) => store.read(look).await,
+            Store::Postgres(store) => Box::pin(store.read(look)).await,
         }
     }
 
@@ -306,7 +311,8 @@ impl Ledger {
                 apart(move || store.audit(&filter, after, limit)).await
             }
             Store::Postgres(store) => {
-                store.read(|reader| reader.audit_without_index(&filter, after, limit)).await
+                let look = |reader: &Reader<'_>| reader.audit_without_index(&filter, after, limit);
+                Box::pin(store.read(look)).await
             }
         }
     }

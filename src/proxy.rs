@@ -64,8 +64,6 @@ const READ: &str = "GET";
 pub struct ProxyConfig {
     /// The sidecar's label.
     pub node: String,
-    /// Whether other sidecars may have the ledger together with this one.
-    pub has_fleet: bool,
     /// Whether objects are stamped.
     pub stamp: bool,
     /// The largest request body, in bytes.
@@ -258,7 +256,7 @@ impl Proxy {
         };
         match self.ledger.read(|reader| reader.key_by_digest(&secret.digest().0)).await {
             Ok(Some(key)) => Ok(key),
-            Ok(None) if self.config.has_fleet => {
+            Ok(None) if self.ledger.is_shared() => {
                 Err(unknown("No such vault key is known to the ledger of this fleet.".to_owned()))
             }
             Ok(None) => Err(unknown(format!(
@@ -334,9 +332,9 @@ impl Proxy {
         currency: Option<Currency>,
     ) -> Result<(), LedgerError> {
         if let Record::Moved { .. } = record {
-            let hold = self.ledger.read(|reader| reader.hold_of_object(&account, &object)).await?;
-            let held = hold.and_then(|hold| hold.currency);
-            if held.is_some() && held != currency {
+            let known = self.ledger.read(|reader| reader.hold_of_object(&account, &object)).await?;
+            let held_in = known.and_then(|hold| hold.currency);
+            if held_in.is_some() && held_in != currency {
                 return Ok(());
             }
         }

@@ -43,6 +43,8 @@ const FIRST_QUESTION_MS: u64 = 3_000;
 /// How often the ledger prunes, counts and indexes. Each time keeps the disk and a processor from calls for some
 /// milliseconds, less for each call the more of them it takes together; whoever asks the log takes in the rest first.
 const TICK_MS: u64 = 5_000;
+/// The same where others have the ledger too, which have to hear of this sidecar.
+const TICK_FLEET_MS: u64 = 1_000;
 /// The pause before the next tick when one left rows whose time has come: the calls that wait come first.
 const TICK_AGAIN_MS: u64 = 20;
 /// The pause when the audit log's index lags: it leaves the processor to calls, and still follows more than 2,000 records a
@@ -194,7 +196,6 @@ async fn build(config: &Config) -> Result<Sidecar, Stopped> {
     let proxy = Arc::new(Proxy::new(
         ProxyConfig {
             node: config.node.clone(),
-            has_fleet: config.ledger.is_some(),
             stamp: config.stamp,
             body_bytes_max: config.body_bytes_max,
             upstream_timeout: config.upstream_timeout,
@@ -290,11 +291,12 @@ fn spawn_upkeep(sidecar: &Sidecar, stop: &CancellationToken) {
     let (ledger, stop_ticks) = (sidecar.ledger.clone(), stop.clone());
     let clock = Arc::clone(&sidecar.admin.clock);
     tokio::spawn(async move {
-        let mut pause_ms = TICK_MS;
+        let usual_ms = if ledger.is_shared() { TICK_FLEET_MS } else { TICK_MS };
+        let mut pause_ms = usual_ms;
         while !wait_or_stop(pause_ms, &stop_ticks).await {
-            pause_ms = TICK_MS;
-            // By a clock that jumped forward, what is still needed would be pruned.
-            if clock.jumped().is_some() {
+            pause_ms = usual_ms;
+            // By a clock that jumped forward, what is still needed would be pruned. A database has a clock of its own.
+            if clock.jumped().is_some() && !ledger.is_shared() {
                 continue;
             }
             match ledger.tick().await {

@@ -8,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 
 use crate::id::{BootId, KeyId};
 use crate::ledger::command::{Command, Reply};
-use crate::ledger::notes::{Note, Ticket};
+use crate::ledger::notes::Note;
 use crate::ledger::row::meta;
 use crate::ledger::rules::{self, Verdict};
 use crate::ledger::tx::{Judged, Tx};
@@ -125,6 +125,7 @@ pub(in crate::ledger) fn refuse(command: &mut Command, error: &LedgerError) {
 }
 
 /// Does a command on rows. Nothing of it is durable yet, and nobody is told before that; it can be done again.
+#[expect(clippy::too_many_lines, reason = "one arm for each verb")]
 pub(in crate::ledger) fn execute(
     around: &Around<'_>,
     tx: &mut Tx<'_>,
@@ -239,9 +240,8 @@ fn note_down(tx: &mut Tx<'_>, note: &mut Note, now: UnixMs) -> Executed {
     told(noted, |command, noted| {
         let Command::Note { ticket, .. } = command else { return };
         // Not settled, it counts as lost.
-        let ticket = ticket.take();
-        if noted.is_ok() {
-            ticket.map(Ticket::settle);
+        if let (Some(ticket), Ok(())) = (ticket.take(), noted) {
+            ticket.settle();
         }
     })
 }

@@ -14,8 +14,8 @@ use crate::time::UnixMs;
 
 /// What an admitted call must be sent with: the proof that its money is durably held.
 ///
-/// Not clonable. When it is dropped without [`Ledger::resolve`], nothing is released: the hold stays as it is until
-/// [`Ledger::doubt`], and is a doubt after the next start.
+/// Not clonable. When it is dropped without [`Ledger::resolve`](super::Ledger::resolve), nothing is released: the hold stays as it is until
+/// [`Ledger::doubt`](super::Ledger::doubt), and is a doubt after the next start.
 #[must_use = "the hold stays held until it is resolved"]
 #[derive(Debug)]
 pub struct Held {

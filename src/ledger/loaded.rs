@@ -16,6 +16,10 @@ use crate::ledger::source::Order;
 /// Rows of a range that are loaded at first; four times as many each time that they were too few.
 const RANGE_ROWS_FIRST: usize = 256;
 
+type Bytes = Box<[u8]>;
+/// Key and value.
+type Row = (Bytes, Bytes);
+
 /// A part of a table, as bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Part {
@@ -28,7 +32,7 @@ pub(crate) struct Part {
 /// The first rows of a part.
 #[derive(Debug)]
 pub(crate) struct PartRows {
-    pub(crate) rows: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub(crate) rows: Vec<Row>,
     /// How many were asked for. When there are as many, there may be more.
     pub(crate) limit: usize,
 }
@@ -62,8 +66,8 @@ impl Needs {
 /// Rows that were seen lately: what a row probably is, to find out what has to be loaded. Nothing is decided by them.
 #[derive(Debug, Default)]
 pub(crate) struct Hints {
-    young: [HashMap<Box<[u8]>, Box<[u8]>>; TABLES],
-    old: [HashMap<Box<[u8]>, Box<[u8]>>; TABLES],
+    young: [HashMap<Bytes, Bytes>; TABLES],
+    old: [HashMap<Bytes, Bytes>; TABLES],
     count: usize,
 }
 
@@ -73,15 +77,12 @@ const HINTS_MAX: usize = 8_192;
 impl Hints {
     pub(crate) fn note(&mut self, table: usize, key: &[u8], value: Option<&[u8]>) {
         let (Some(young), Some(old)) = (self.young.get_mut(table), self.old.get_mut(table)) else { return };
-        match value {
-            Some(value) => {
-                self.count += 1;
-                young.insert(key.into(), value.into());
-            }
-            None => {
-                young.remove(key);
-                old.remove(key);
-            }
+        if let Some(value) = value {
+            self.count += 1;
+            young.insert(key.into(), value.into());
+        } else {
+            young.remove(key);
+            old.remove(key);
         }
         if self.count > HINTS_MAX {
             self.count = 0;
@@ -97,7 +98,7 @@ impl Hints {
 /// Rows that were loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
-    rows: [HashMap<Box<[u8]>, Option<Box<[u8]>>>; TABLES],
+    rows: [HashMap<Bytes, Option<Bytes>>; TABLES],
     parts: HashMap<Part, PartRows>,
     /// What is locked. Whoever only reads locks nothing.
     locks: Option<BTreeSet<u32>>,
@@ -252,7 +253,7 @@ impl Part {
 
 /// Rows of a part in order, as far as they were loaded; whoever comes to the end of those needs more.
 pub(crate) struct LoadedRows<'s, K, V, F> {
-    rows: std::vec::IntoIter<(Box<[u8]>, Box<[u8]>)>,
+    rows: std::vec::IntoIter<Row>,
     more: Option<(&'s Loaded, Part, usize)>,
     read: F,
     of: PhantomData<(K, V)>,

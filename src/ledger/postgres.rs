@@ -15,10 +15,11 @@ mod writer;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::id::{BootId, LedgerId};
 use crate::ledger::loaded::{Loaded, Needs};
@@ -151,7 +152,7 @@ async fn to_its_end(work: impl Future<Output = ()>) -> Result<(), ()> {
 async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
     let fresh = *opening.fresh_id.as_bytes();
     let registered = session::register(&target, &opening.node, fresh, opening.boot, None).await;
-    let Some(own) = registered.map_err(unavailable)? else {
+    let Some(own) = registered.map_err(|error| unavailable(&error))? else {
         return Err(LedgerError::Locked);
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -251,7 +252,7 @@ impl PostgresStore {
         self: &Arc<Self>,
         look: impl Fn(&Reader<'_>) -> Result<T, LedgerError>,
     ) -> Result<T, LedgerError> {
-        let mut loaded = Loaded::to_read();
+        let mut loaded = Box::new(Loaded::to_read());
         for _ in 0..LOOKS_MAX {
             let seen = look(&Reader::of(Source::Loaded(&loaded), self.id()));
             let needs = loaded.take_needs();
@@ -264,7 +265,11 @@ impl PostgresStore {
     }
 
     /// Fetches rows, driven by a thread of the store's own: whoever reads may be where nothing else runs.
-    async fn fetch(self: &Arc<Self>, needs: Needs, mut loaded: Loaded) -> Result<Loaded, LedgerError> {
+    async fn fetch(
+        self: &Arc<Self>,
+        needs: Needs,
+        mut loaded: Box<Loaded>,
+    ) -> Result<Box<Loaded>, LedgerError> {
         let gone = || LedgerError::Unavailable("its reads have stopped".to_owned());
         if needs.parts.values().any(|limit| *limit > PART_ROWS_MAX) {
             return Err(LedgerError::Unavailable(
@@ -279,7 +284,7 @@ impl PostgresStore {
                 Ok(Ok(())) => Ok(loaded),
                 Ok(Err(error)) => {
                     store.reads.lock().await.session = None;
-                    Err(unavailable(error))
+                    Err(unavailable(&error))
                 }
                 Err(_) => {
                     store.reads.lock().await.session = None;
@@ -308,7 +313,7 @@ impl PostgresStore {
                 Ok(session)
             }
             Err(error) => {
-                let error = unavailable(error);
+                let error = unavailable(&error);
                 reads.failed = Some((Instant::now(), error.clone()));
                 Err(error)
             }

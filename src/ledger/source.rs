@@ -70,6 +70,10 @@ impl<'s> Source<'s> {
 }
 
 /// Rows of either.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is gone through where it is made, and redb's is the usual one"
+)]
 pub(crate) enum SourceRows<'s, K: Key + 'static, V: Value + 'static, F> {
     Redb(Rows<K, V, F>),
     Loaded(LoadedRows<'s, K, V, F>),

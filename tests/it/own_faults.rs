@@ -312,7 +312,6 @@ async fn panicking(sidecar: &Sidecar, stripe: SocketAddr) -> (SocketAddr, Ledger
     account::recall(&state, &ledger, &forwarder).await.unwrap();
     let config = ProxyConfig {
         node: "node".to_owned(),
-        has_fleet: false,
         stamp: true,
         body_bytes_max: 1 << 20,
         upstream_timeout: Duration::from_secs(5),

@@ -294,7 +294,9 @@ impl Session {
         if asks_rows {
             let found = answers.next().transpose()?.unwrap_or_default();
             for (table, rows) in needs.rows.iter().enumerate() {
-                rows.iter().for_each(|key| loaded.add_row(table, key.clone(), None));
+                for key in rows {
+                    loaded.add_row(table, key.clone(), None);
+                }
             }
             for row in found {
                 let table = usize::try_from(row.try_get::<_, i16>(0)?).unwrap_or(TABLES);
@@ -365,7 +367,7 @@ impl Session {
                     return Ended::Not(error);
                 }
                 error @ DatabaseError::Unavailable(_) if ended == Ended::Held => {
-                    ended = Ended::Unknown(error)
+                    ended = Ended::Unknown(error);
                 }
                 DatabaseError::Unavailable(_) => {}
             }
@@ -497,9 +499,9 @@ mod tests {
         let own = Own([9; 16]);
         let number = |at: u64| own.stored(usize::from(AUDIT.number), &at.to_le_bytes());
         assert!(number(1) < number(256) && number(255) < number(256));
-        for table in 0..TABLES {
+        for (table, name) in TABLE_NAMES.iter().enumerate() {
             let key: Vec<u8> = (0..40).collect();
-            assert_eq!(&*Own::row(table, &own.stored(table, &key)), key.as_slice(), "{}", TABLE_NAMES[table]);
+            assert_eq!(&*Own::row(table, &own.stored(table, &key)), key.as_slice(), "{name}");
         }
         let own_name = own.stored(usize::from(META.number), meta::CHAIN.as_bytes());
         assert_eq!(&*Own::row(usize::from(META.number), &own_name), meta::CHAIN.as_bytes());

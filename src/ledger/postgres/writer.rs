@@ -9,9 +9,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
 
 use crate::id::{BootId, Identity};
 use crate::ledger::changes::Changes;
@@ -89,7 +90,7 @@ type Work<'w> = &'w mut dyn FnMut(&Around<'_>, &mut Tx<'_>, UnixMs) -> Result<()
 impl Writer {
     /// Opens the ledger: makes its schema and first rows, and doubts what earlier runs of this sidecar were sending.
     pub(super) async fn open(store: Arc<PostgresStore>, opening: Opening) -> Result<Self, LedgerError> {
-        let session = Session::open(&store.target, store.own).await.map_err(unavailable)?;
+        let session = Session::open(&store.target, store.own).await.map_err(|error| unavailable(&error))?;
         let mut writer = Self {
             store,
             opening,
@@ -340,7 +341,7 @@ impl Writer {
         for (table, rows) in changes.rows() {
             rows.for_each(|(key, value)| self.hints.note(table, key, value));
         }
-        let before = std::mem::replace(&mut self.head, Some(head));
+        let before = self.head.replace(head);
         match ended {
             Ended::Held => Ok(()),
             Ended::Not(error) => {
@@ -385,9 +386,9 @@ impl Writer {
                 let unsent: Vec<Identity> = unknown
                     .commands
                     .iter()
-                    .filter_map(|command| match command {
-                        Command::Admit { admit, .. } => Some(admit.intent.identity),
-                        _ => None,
+                    .filter_map(|command| {
+                        let Command::Admit { admit, .. } = command else { return None };
+                        Some(admit.intent.identity)
                     })
                     .collect();
                 let boot = unknown.boot;
@@ -401,14 +402,12 @@ impl Writer {
                     return Err(told(trouble).to_string());
                 }
                 for mut command in unknown.commands {
-                    match &mut command {
-                        Command::Resolve { reply, .. } => drop(reply.tell(Ok(()))),
-                        Command::Note { ticket, .. } => {
-                            if let Some(ticket) = ticket.take() {
-                                ticket.settle();
-                            }
-                        }
-                        _ => {}
+                    if let Command::Resolve { reply, .. } = &mut command {
+                        drop(reply.tell(Ok(())));
+                    } else if let Command::Note { ticket, .. } = &mut command
+                        && let Some(ticket) = ticket.take()
+                    {
+                        ticket.settle();
                     }
                 }
                 Ok(())
@@ -498,11 +497,11 @@ fn is_outcome(command: &Command) -> bool {
     matches!(command, Command::Resolve { .. } | Command::Note { .. })
 }
 
-pub(super) fn unavailable(error: DatabaseError) -> LedgerError {
+pub(super) fn unavailable(error: &DatabaseError) -> LedgerError {
     match error {
         DatabaseError::Newer { found, known, .. } => LedgerError::NewerFormat {
-            found: u32::try_from(found).unwrap_or(u32::MAX),
-            known: u32::try_from(known).unwrap_or(u32::MAX),
+            found: u32::try_from(*found).unwrap_or(u32::MAX),
+            known: u32::try_from(*known).unwrap_or(u32::MAX),
         },
         DatabaseError::Unavailable(_) | DatabaseError::Refused(_) | DatabaseError::Failed { .. } => {
             LedgerError::Unavailable(error.to_string())

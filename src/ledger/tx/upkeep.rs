@@ -55,7 +55,9 @@ impl Tx<'_> {
         if let Some(floor) = floor {
             self.put_meta(meta::AUDIT_FLOOR, &floor);
         }
-        gone.iter().for_each(|place| self.remove(&AUDIT, place));
+        for place in &gone {
+            self.remove(&AUDIT, place);
+        }
         Ok(gone.len() == STEP_ROWS_MAX)
     }
 
