@@ -323,9 +323,9 @@ impl From<tokio_postgres::Error> for DatabaseError {
         let Some(told) = error.as_db_error() else { return Self::Unavailable(chain_of(&error)) };
         let (code, message) = (told.code().code(), told.message().to_owned());
         match code {
-            // Nobody can say whether the transaction holds: a connection that broke, a server that goes or comes,
-            // one that was demoted, and two codes that say just that.
-            "08007" | "40003" | "25006" => Self::Unavailable(message),
+            // Nobody can say whether the transaction holds: a connection that broke, a server that goes or comes, one
+            // that was demoted, and two codes that say just that. One that is too slow for our bounds is as good as away.
+            "08007" | "40003" | "25006" | "55P03" | "57014" => Self::Unavailable(message),
             _ if ["08", "53", "57P", "58"].iter().any(|class| code.starts_with(class)) => {
                 Self::Unavailable(message)
             }
