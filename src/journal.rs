@@ -196,6 +196,32 @@ fn open<K: redb::Key + 'static, V: redb::Value + 'static>(
     }
 }
 
+/// What a record can be found by, for an index that this module does not keep.
+#[derive(Clone, Debug)]
+pub struct Marks {
+    /// Every filter that finds the record has only words of these ([`words_of`]). Short, without control characters.
+    pub words: Vec<String>,
+    /// The call whose outcome it tells; a later record of that call takes its place in a list of calls.
+    pub call: Option<String>,
+}
+
+/// What a record can be found by.
+///
+/// # Errors
+/// [`JournalError::Corrupt`] for what is no record.
+pub fn marks_of(record: &[u8]) -> Result<Marks, JournalError> {
+    let fields = fields::Fields::read(record)?;
+    // An event that this build does not know is of no call that it could follow.
+    let call = fields.call().ok().flatten().map(|call| call.to_string());
+    Ok(Marks { words: terms::words_of_record(&fields), call })
+}
+
+/// The words that every record has that a filter finds. What it finds has to be compared all the same
+/// ([`AuditFilter::matches`]).
+pub fn words_of(filter: &AuditFilter) -> Vec<String> {
+    terms::words_of_filter(filter)
+}
+
 /// When a record was written.
 fn time_of(record: &Map<String, Value>) -> UnixMs {
     record.get("at").and_then(Value::as_str).and_then(UnixMs::parse).unwrap_or_default()

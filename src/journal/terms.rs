@@ -37,6 +37,8 @@ const WITHIN: &[&str] = &["metadata", "stripe_metadata"];
 const SEPARATORS: &[char] = &['-', '_', '.', ':', '/', '@', ' '];
 /// Parts of a label by which it is found.
 const PARTS_MAX: usize = 8;
+/// Characters of a word; what is longer is found by its beginning.
+const WORD_CHARS_MAX: usize = 200;
 /// The longest beginning of a label that has a list for its length alone.
 const BEGINNING_BYTES_MAX: usize = 32;
 
@@ -59,44 +61,91 @@ impl Term {
         let digest: [u8; 32] = hash.finalize().into();
         Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()))
     }
+}
 
-    /// The list of a value, whichever of the [`SHARED`] fields has it: the same request id in two fields is one posting.
-    fn shared(value: &str) -> Self {
-        let list = Self::of(&["shared", value]).0 % SHARED_LISTS;
-        Self::of(&["shared list", &list.to_string()])
+/// Something by which a record is found.
+enum Mark<'a> {
+    Equal(&'a str, &'a str),
+    Shared(&'a str, &'a str),
+    Prefix(&'a str),
+    Within(&'a str, &'a str, &'a str),
+}
+
+impl Mark<'_> {
+    fn term(&self) -> Term {
+        match self {
+            Self::Equal(field, value) => Term::of(&["equal", field, value]),
+            // Whichever of the fields has it: the same request id in two fields is one posting.
+            Self::Shared(_, value) => {
+                let list = Term::of(&["shared", value]).0 % SHARED_LISTS;
+                Term::of(&["shared list", &list.to_string()])
+            }
+            Self::Prefix(prefix) => Term::of(&["prefix", prefix]),
+            Self::Within(field, name, value) => Term::of(&["within", field, name, value]),
+        }
     }
+
+    /// The same in words, for an index that takes them: two marks may share one, so what it finds is compared as well.
+    fn word(&self) -> String {
+        let whole = match self {
+            Self::Equal(field, value) | Self::Shared(field, value) => format!("{field}={value}"),
+            Self::Prefix(prefix) => format!("label^{prefix}"),
+            Self::Within(field, name, value) => format!("{field}[{name}]={value}"),
+        };
+        whole.chars().take(WORD_CHARS_MAX).map(|one| if one.is_control() { ' ' } else { one }).collect()
+    }
+}
+
+fn marks_of_record<'a>(record: &'a Fields<'_>) -> Vec<Mark<'a>> {
+    let text = |field: &str| record.text(field);
+    let mut marks: Vec<Mark<'a>> =
+        EQUAL.iter().filter_map(|field| Some(Mark::Equal(field, text(field)?))).collect();
+    marks.extend(text("label").into_iter().flat_map(prefixes).map(Mark::Prefix));
+    marks.extend(SHARED.iter().filter_map(|field| Some(Mark::Shared(field, text(field)?))));
+    for field in WITHIN {
+        marks.extend(record.texts(field).map(|(name, value)| Mark::Within(field, name, value)));
+    }
+    marks
+}
+
+/// What every record has that a filter finds; what else it asks for is compared.
+fn marks_of_filter(filter: &AuditFilter) -> Vec<Mark<'_>> {
+    let equal = filter.equal.iter().filter(|(field, _)| EQUAL.contains(field));
+    let mut marks: Vec<Mark<'_>> = equal.map(|(field, value)| Mark::Equal(field, value)).collect();
+    let shared = filter.equal.iter().filter(|(field, _)| SHARED.contains(field));
+    marks.extend(shared.map(|(field, value)| Mark::Shared(field, value)));
+    let within = filter.within.iter().filter(|(field, _, _)| WITHIN.contains(field));
+    marks.extend(within.map(|(field, name, value)| Mark::Within(field, name, value)));
+    let longest = filter.label_prefix.as_deref().and_then(|prefix| prefixes(prefix).last());
+    marks.extend(longest.map(Mark::Prefix));
+    marks
 }
 
 /// The terms under which a record is found.
 pub(super) fn of_record(record: &Fields<'_>) -> Vec<Term> {
-    let text = |field: &str| record.text(field);
-    let mut terms = vec![Term::EVERY];
-    terms.extend(EQUAL.iter().filter_map(|field| Some(Term::of(&["equal", field, text(field)?]))));
-    terms.extend(text("label").into_iter().flat_map(prefixes).map(|prefix| Term::of(&["prefix", prefix])));
-    terms.extend(SHARED.iter().filter_map(|field| Some(Term::shared(text(field)?))));
-    for field in WITHIN {
-        let entries = record.texts(field);
-        terms.extend(entries.map(|(name, value)| Term::of(&["within", field, name, value])));
-    }
-    terms
+    let marks = marks_of_record(record);
+    [Term::EVERY].into_iter().chain(marks.iter().map(Mark::term)).collect()
 }
 
-/// The terms that every record has that a filter finds; what else it asks for is compared.
+/// The terms that every record has that a filter finds.
 pub(super) fn of_filter(filter: &AuditFilter) -> Vec<Term> {
-    let equal = filter.equal.iter().filter(|(field, _)| EQUAL.contains(field));
-    let mut terms: Vec<Term> = equal.map(|(field, value)| Term::of(&["equal", field, value])).collect();
-    let shared = filter.equal.iter().filter(|(field, _)| SHARED.contains(field));
-    terms.extend(shared.map(|(_, value)| Term::shared(value)));
-    let within = filter.within.iter().filter(|(field, _, _)| WITHIN.contains(field));
-    terms.extend(within.map(|(field, name, value)| Term::of(&["within", field, name, value])));
-    let longest = filter.label_prefix.as_deref().and_then(|prefix| prefixes(prefix).last());
-    terms.extend(longest.map(|prefix| Term::of(&["prefix", prefix])));
+    let mut terms: Vec<Term> = marks_of_filter(filter).iter().map(Mark::term).collect();
     if terms.is_empty() {
         terms.push(Term::EVERY);
     }
     terms.sort_unstable();
     terms.dedup();
     terms
+}
+
+/// The words under which a record is found: no control characters, and none long.
+pub(super) fn words_of_record(record: &Fields<'_>) -> Vec<String> {
+    marks_of_record(record).iter().map(Mark::word).collect()
+}
+
+/// The words that every record has that a filter finds; none where it finds everything.
+pub(super) fn words_of_filter(filter: &AuditFilter) -> Vec<String> {
+    marks_of_filter(filter).iter().map(Mark::word).collect()
 }
 
 /// The beginnings of a label that have lists, the longest last: those that end a part, and those of a length that is a
@@ -140,8 +189,17 @@ mod tests {
             "metadata": {"flow": "billing", "count": 3}, "stripe_metadata": {"flow": "other"},
         });
         let written = record.to_string();
-        let terms = of_record(&serde_json::from_str(&written).unwrap());
-        let has = |filter: &AuditFilter| of_filter(filter).iter().all(|term| terms.contains(term));
+        let record_of = || serde_json::from_str(&written).unwrap();
+        let (terms, words) = (of_record(&record_of()), words_of_record(&record_of()));
+        let has = |filter: &AuditFilter| {
+            let by_term = of_filter(filter).iter().all(|term| terms.contains(term));
+            assert_eq!(
+                words_of_filter(filter).iter().all(|word| words.contains(word)),
+                by_term,
+                "{filter:?}"
+            );
+            by_term
+        };
         for field in EQUAL.iter().chain(SHARED) {
             let equal = |value: &str| AuditFilter {
                 equal: vec![(*field, value.to_owned())],
@@ -163,5 +221,20 @@ mod tests {
         let not_indexed =
             AuditFilter { equal: vec![("method", "POST".to_owned())], ..AuditFilter::default() };
         assert_eq!(of_filter(&not_indexed), [Term::EVERY], "what has no list is compared");
+        assert_eq!(words_of_filter(&not_indexed), [""; 0]);
+    }
+
+    #[test]
+    fn a_word_is_short_and_plain_whatever_a_record_says() {
+        let long = format!("a\u{0}\u{1f}\n{}", "ü".repeat(500));
+        let record = json!({ "customer": long, "metadata": { "x\u{0}": long } }).to_string();
+        let words = words_of_record(&serde_json::from_str(&record).unwrap());
+        let equal = vec![("customer", long.clone())];
+        let within = vec![("metadata", "x\u{0}".to_owned(), long)];
+        let asked = words_of_filter(&AuditFilter { equal, within, ..AuditFilter::default() });
+        assert_eq!(words, asked);
+        for word in &words {
+            assert!(word.chars().count() == WORD_CHARS_MAX && !word.contains(char::is_control), "{word}");
+        }
     }
 }
