@@ -24,12 +24,12 @@ pub struct CollectorOps {
 
 impl CollectorOps {
     /// Answers one request.
-    pub fn answer(&self, path: &str) -> Response<ReplyBody> {
+    pub async fn answer(&self, path: &str) -> Response<ReplyBody> {
         match path {
             "/healthz" => text(StatusCode::OK, "text/plain", "ok\n".to_owned()),
             "/readyz" => {
-                let reasons: Vec<String> =
-                    self.store.chains().err().map(|error| error.to_string()).into_iter().collect();
+                let unusable = self.store.chains().await.err();
+                let reasons: Vec<String> = unusable.map(|error| error.to_string()).into_iter().collect();
                 let ready = reasons.is_empty();
                 let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
                 text(status, "application/json", json!({ "ready": ready, "reasons": reasons }).to_string())
@@ -37,14 +37,14 @@ impl CollectorOps {
             "/metrics" => text(
                 StatusCode::OK,
                 "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                self.metrics(),
+                self.metrics().await,
             ),
             _ => text(StatusCode::NOT_FOUND, "text/plain", "not found\n".to_owned()),
         }
     }
 
-    fn metrics(&self) -> String {
-        let Ok(mut chains) = self.store.chains() else { return "# EOF\n".to_owned() };
+    async fn metrics(&self) -> String {
+        let Ok(mut chains) = self.store.chains().await else { return "# EOF\n".to_owned() };
         // Of each node the chain that was heard of last.
         chains
             .sort_by(|(_, one), (_, other)| (&one.node, other.last_seen).cmp(&(&other.node, one.last_seen)));

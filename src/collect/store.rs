@@ -1,59 +1,40 @@
-//! What a collector keeps, in one redb file: the records of all chains in order of arrival, the chains, and what it had to
-//! refuse, as evidence. One writer thread commits for all batches that wait; reads run beside it, on snapshots.
+//! What a collector keeps: the records of all chains in order of arrival, the chains, and what it had to refuse, as
+//! evidence. In a file of its own ([`redb`]), or in a PostgreSQL that several collectors share ([`postgres`]); both take
+//! records by the same rules ([`crate::collect::chain`]) and answer the
+//! same.
 //!
-//! | table | key | value |
-//! |---|---|---|
-//! | [`crate::journal`]'s | | records by place of arrival, their indexes |
-//! | `chains` | chain id | [`Chain`], as JSON |
-//! | `places` | chain number, seq | place of arrival |
-//! | `arrivals` | hour | the first place of that hour |
-//! | `evidence` | number | a batch that contradicted what was held, as JSON |
-//!
-//! A write that fails closes the file; the next batch opens it again. Nobody is told that a record is held before it is
-//! durable.
+//! Nobody is told that a record is held before it is durable.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-
-use redb::{
-    Database, Durability, ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _,
-    TableDefinition, TableError,
-};
 use serde_json::{Map, Value, json};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
-use crate::audit::{Broken, Verifier};
-use crate::collect::chain::{self, Batch, Chain, Refused, Taken};
-use crate::id::hex;
-use crate::journal::{self, AuditFilter, JournalError, Page};
-use crate::time::{Clock, HOUR_MS, UnixMs};
+use crate::audit::{Broken, Sealed, Verifier};
+use crate::collect::chain::{Batch, Chain, Refused};
+use crate::collect::{postgres, redb};
+use crate::id::{from_hex, hex};
+use crate::journal::{AuditFilter, Page};
+use crate::time::UnixMs;
 
-/// Batches that may wait for the writer.
-const BATCHES_WAITING_MAX: usize = 256;
+/// Batches that may wait to be taken.
+pub(super) const BATCHES_WAITING_MAX: usize = 256;
 /// Batches that share one commit.
-const BATCHES_MAX: usize = 64;
-/// Records that one step of indexing takes, between two commits and while nobody waits.
-const INDEX_ROWS: usize = 2_000;
+pub(super) const BATCHES_MAX: usize = 64;
 /// Records that one step of retention deletes.
-const DROP_ROWS: usize = 5_000;
+pub(super) const DROP_ROWS: usize = 5_000;
 /// How often old records are looked for.
-const DROP_EVERY_MS: u64 = 60_000;
+pub(super) const DROP_EVERY_MS: u64 = 60_000;
 /// Refused batches that are kept; of the next ones only the chain's mark tells.
-const EVIDENCE_MAX: u64 = 1_000;
+pub(super) const EVIDENCE_MAX: u64 = 1_000;
 /// Records of such a batch that are kept, from the first that contradicts.
 const EVIDENCE_RECORDS_MAX: usize = 20;
 /// Chains that are kept. A new one beyond is refused: each start of a sidecar that lost its volume makes one.
-const CHAINS_MAX: usize = 100_000;
-
-const CHAINS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("chains");
-const PLACES: TableDefinition<'_, (u32, u64), u64> = TableDefinition::new("places");
-const ARRIVALS: TableDefinition<'_, u64, u64> = TableDefinition::new("arrivals");
-const EVIDENCE: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("evidence");
+pub(super) const CHAINS_MAX: usize = 100_000;
 
 /// Why the store gave no answer.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It cannot be read or written; it is tried again.
+    /// It cannot be read or written; it is tried again. What was sent is held or not: the sender finds out by sending it
+    /// again.
     #[error("the store cannot be used: {0}")]
     Unavailable(String),
     /// Another process has it open.
@@ -62,34 +43,6 @@ pub enum StoreError {
     /// A batch that is not taken.
     #[error(transparent)]
     Refused(#[from] Refused),
-}
-
-macro_rules! storage_errors {
-    ($($error:ty),*) => { $(
-        impl From<$error> for StoreError {
-            fn from(error: $error) -> Self {
-                Self::Unavailable(error.to_string())
-            }
-        }
-    )* };
-}
-storage_errors!(
-    redb::TransactionError,
-    TableError,
-    redb::StorageError,
-    redb::CommitError,
-    redb::SetDurabilityError,
-    JournalError
-);
-
-impl From<redb::DatabaseError> for StoreError {
-    fn from(error: redb::DatabaseError) -> Self {
-        if matches!(error, redb::DatabaseError::DatabaseAlreadyOpen) {
-            Self::Locked
-        } else {
-            Self::Unavailable(error.to_string())
-        }
-    }
 }
 
 /// A batch on its way in.
@@ -103,20 +56,15 @@ pub struct Incoming {
     pub backlog: u64,
 }
 
-type Reply = oneshot::Sender<Result<Chain, StoreError>>;
+pub(super) type Reply = oneshot::Sender<Result<Chain, StoreError>>;
 
 /// The handle that everybody holds.
 #[derive(Clone, Debug)]
-pub struct Store {
-    file: Arc<OpenFile>,
-    batches: mpsc::Sender<(Incoming, Reply)>,
-}
-
-/// The file, which is opened again after a failure.
-#[derive(Debug)]
-struct OpenFile {
-    path: PathBuf,
-    db: RwLock<Option<Arc<Database>>>,
+pub enum Store {
+    /// A file of this process alone.
+    Redb(redb::Store),
+    /// A database that other collectors may use as well.
+    Postgres(postgres::Store),
 }
 
 /// How one chain verifies.
@@ -133,383 +81,142 @@ pub struct Verdict {
 }
 
 impl Store {
-    /// Opens or makes the file and starts the writer. Records are kept for `keep_days`.
-    ///
-    /// # Errors
-    /// [`StoreError::Locked`] or [`StoreError::Unavailable`].
-    pub fn open(path: &Path, clock: Clock, keep_days: u32) -> Result<Self, StoreError> {
-        let file = Arc::new(OpenFile { path: path.to_owned(), db: RwLock::new(None) });
-        file.db()?;
-        let (batches, waiting) = mpsc::channel(BATCHES_WAITING_MAX);
-        let writer = Writer { file: Arc::clone(&file), clock, keep_days, dropped_at: UnixMs::default() };
-        std::thread::spawn(move || writer.run(waiting));
-        Ok(Self { file, batches })
-    }
-
     /// Takes a batch; durable when it returns. Answers the chain as it then is.
     ///
     /// # Errors
-    /// [`StoreError`]: nothing of it is held.
+    /// [`StoreError::Refused`]: nothing of it is held. Else it may be held, and nothing else is.
     pub async fn take(&self, incoming: Incoming) -> Result<Chain, StoreError> {
-        let gone = || StoreError::Unavailable("its writer has stopped".to_owned());
-        let (reply, answer) = oneshot::channel();
-        self.batches.send((incoming, reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-
-    /// One chain.
-    ///
-    /// # Errors
-    /// [`StoreError`], as for every read here.
-    pub fn chain(&self, chain_id: &str) -> Result<Option<Chain>, StoreError> {
-        let txn = self.file.db()?.begin_read()?;
-        match txn.open_table(CHAINS) {
-            Ok(table) => table.get(chain_id)?.map(|bytes| chain_of(bytes.value())).transpose(),
-            Err(TableError::TableDoesNotExist(_)) => Ok(None),
-            Err(error) => Err(error.into()),
+        match self {
+            Self::Redb(store) => store.take(incoming).await,
+            Self::Postgres(store) => store.take(incoming).await,
         }
     }
 
     /// All chains, by id.
     ///
     /// # Errors
-    /// [`StoreError`].
-    pub fn chains(&self) -> Result<Vec<(String, Chain)>, StoreError> {
-        let txn = self.file.db()?.begin_read()?;
-        let table = match txn.open_table(CHAINS) {
-            Ok(table) => table,
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let rows = table.iter()?.map(|found| {
-            let (id, bytes) = found?;
-            Ok((id.value().to_owned(), chain_of(bytes.value())?))
-        });
-        rows.collect()
+    /// [`StoreError`], as for every read here.
+    pub async fn chains(&self) -> Result<Vec<(String, Chain)>, StoreError> {
+        match self {
+            Self::Redb(store) => store.chains(),
+            Self::Postgres(store) => store.chains().await,
+        }
     }
 
     /// Records of all chains.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn query(
+    pub async fn query(
         &self,
-        filter: &AuditFilter,
+        filter: AuditFilter,
         after: Option<u64>,
         limit: usize,
     ) -> Result<Page<Map<String, Value>, u64>, StoreError> {
-        Ok(journal::query(&self.file.db()?.begin_read()?, filter, after, limit)?)
+        match self {
+            Self::Redb(store) => {
+                let store = store.clone();
+                beside(move || store.query(&filter, after, limit)).await
+            }
+            Self::Postgres(store) => store.query(&filter, after, limit).await,
+        }
     }
 
     /// Follows a chain from the first record that is held, over what came too late to be had.
     ///
     /// # Errors
     /// [`StoreError`] when it cannot be read; a chain that is broken is a result.
-    pub fn verify(&self, chain_id: &str, chain: &Chain) -> Result<Verdict, StoreError> {
-        let txn = self.file.db()?.begin_read()?;
-        let places = txn.open_table(PLACES)?;
-        let (mut verifier, mut records) = (Verifier::default(), 0);
-        let mut next = None;
-        for found in places.range((chain.number, 0)..=(chain.number, u64::MAX))? {
-            let (at, place) = found?;
-            let (_, seq) = at.value();
-            let Some(sealed) = journal::get(&txn, place.value())? else { continue };
-            let is_after_gap = chain.missing.iter().any(|(_, last)| last.saturating_add(1) == seq);
-            if next != Some(seq) && (records == 0 || is_after_gap) && seq > 1 {
-                verifier = Verifier::from_record(seq, prev_hash_of(&sealed.bytes));
+    pub async fn verify(&self, chain_id: &str, chain: &Chain) -> Result<Verdict, StoreError> {
+        match self {
+            Self::Redb(store) => {
+                let (store, chain_id, chain) = (store.clone(), chain_id.to_owned(), chain.clone());
+                beside(move || store.verify(&chain_id, &chain)).await
             }
-            if let Err(broken) = verifier.follow(&sealed) {
-                let head = verifier.head();
-                return Ok(Verdict { chain_id: chain_id.to_owned(), records, head, broken: Some(broken) });
-            }
-            records += 1;
-            next = Some(seq.saturating_add(1));
+            Self::Postgres(store) => store.verify(chain_id, chain).await,
         }
-        Ok(Verdict { chain_id: chain_id.to_owned(), records, head: verifier.head(), broken: None })
     }
 
-    /// Refused batches, the newest first, and how many there are.
+    /// Refused batches, the newest first.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn evidence(&self, limit: usize) -> Result<Vec<Value>, StoreError> {
-        let txn = self.file.db()?.begin_read()?;
-        let table = match txn.open_table(EVIDENCE) {
-            Ok(table) => table,
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let rows = table.iter()?.rev().take(limit);
-        rows.map(|found| Ok(serde_json::from_slice(found?.1.value()).unwrap_or_default())).collect()
+    pub async fn evidence(&self, limit: usize) -> Result<Vec<Value>, StoreError> {
+        match self {
+            Self::Redb(store) => store.evidence(limit),
+            Self::Postgres(store) => store.evidence(limit).await,
+        }
     }
 }
 
-impl OpenFile {
-    fn db(&self) -> Result<Arc<Database>, StoreError> {
-        if let Some(db) = self.db.read().unwrap_or_else(PoisonError::into_inner).as_ref() {
-            return Ok(Arc::clone(db));
-        }
-        let mut slot = self.db.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(db) = slot.as_ref() {
-            return Ok(Arc::clone(db));
-        }
-        make_private(&self.path).map_err(|error| StoreError::Unavailable(error.to_string()))?;
-        let db = Arc::new(journal::database().create(&self.path)?);
-        *slot = Some(Arc::clone(&db));
-        Ok(db)
+/// On another thread than those that serve requests.
+async fn beside<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let cut_off = |_| Err(StoreError::Unavailable("the question was cut off".to_owned()));
+    tokio::task::spawn_blocking(look).await.unwrap_or_else(cut_off)
+}
+
+/// Follows the records of one chain that are held.
+pub(super) struct Following<'a> {
+    chain: &'a Chain,
+    verifier: Verifier,
+    records: u64,
+    next: Option<u64>,
+}
+
+impl<'a> Following<'a> {
+    pub(super) fn of(chain: &'a Chain) -> Self {
+        Self { chain, verifier: Verifier::default(), records: 0, next: None }
     }
 
-    /// After a failed write the library wants the file opened anew.
-    fn close(&self) {
-        *self.db.write().unwrap_or_else(PoisonError::into_inner) = None;
+    /// The next one that is held.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn follow(&mut self, seq: u64, sealed: &Sealed) -> Result<(), Broken> {
+        let is_after_gap = self.chain.missing.iter().any(|(_, last)| last.saturating_add(1) == seq);
+        if self.next != Some(seq) && (self.records == 0 || is_after_gap) && seq > 1 {
+            self.verifier = Verifier::from_record(seq, prev_hash_of(&sealed.bytes));
+        }
+        self.verifier.follow(sealed)?;
+        self.records += 1;
+        self.next = Some(seq.saturating_add(1));
+        Ok(())
+    }
+
+    pub(super) fn verdict(self, chain_id: &str, broken: Option<Broken>) -> Verdict {
+        let (records, head) = (self.records, self.verifier.head());
+        Verdict { chain_id: chain_id.to_owned(), records, head, broken }
     }
 }
 
-/// Makes the file before the store does, for the owner alone: it holds personal data.
-fn make_private(path: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
-    file.set_permissions(std::fs::Permissions::from_mode(0o600))
-}
-
-struct Writer {
-    file: Arc<OpenFile>,
-    clock: Clock,
-    keep_days: u32,
-    dropped_at: UnixMs,
-}
-
-/// What a batch came to, told once it is durable.
-type Told = (Reply, Result<Chain, StoreError>);
-
-impl Writer {
-    fn run(mut self, mut waiting: mpsc::Receiver<(Incoming, Reply)>) {
-        let mut behind = true;
-        loop {
-            let mut batches = Vec::new();
-            if behind {
-                batches.extend(waiting.try_recv().ok());
-            } else {
-                match waiting.blocking_recv() {
-                    Some(batch) => batches.push(batch),
-                    None => return,
-                }
-            }
-            while batches.len() < BATCHES_MAX
-                && let Ok(batch) = waiting.try_recv()
-            {
-                batches.push(batch);
-            }
-            if !batches.is_empty() {
-                self.commit(batches);
-            } else if waiting.is_closed() {
-                return;
-            }
-            behind = match self.look_after() {
-                Ok(more) => more,
-                Err(error) => {
-                    tracing::error!(%error, "the indexes of the store cannot follow; they are tried again");
-                    self.file.close();
-                    false
-                }
-            };
-        }
-    }
-
-    fn commit(&mut self, batches: Vec<(Incoming, Reply)>) {
-        let (mut told, mut left) = (Vec::new(), batches.into_iter());
-        let result = self.try_commit(&mut left, &mut told);
-        if let Err(error) = &result {
-            tracing::error!(%error, "records cannot be kept; their senders will send them again");
-            self.file.close();
-        }
-        let failed = result.err();
-        for (reply, verdict) in told {
-            // A sender that has gone will ask again.
-            let _ = reply.send(failed.clone().map_or(verdict, Err));
-        }
-        for (_, reply) in left {
-            let failed = failed.clone();
-            let _ = reply.send(Err(failed.unwrap_or(StoreError::Unavailable("not reached".to_owned()))));
-        }
-    }
-
-    fn try_commit(
-        &self,
-        batches: &mut impl Iterator<Item = (Incoming, Reply)>,
-        told: &mut Vec<Told>,
-    ) -> Result<(), StoreError> {
-        let db = self.file.db()?;
-        let mut txn = db.begin_write()?;
-        txn.set_durability(Durability::Immediate)?;
-        let now = self.clock.now();
-        note_arrival(&txn, now)?;
-        for (incoming, reply) in batches.by_ref() {
-            match take(&txn, &incoming, now) {
-                Err(error @ (StoreError::Unavailable(_) | StoreError::Locked)) => {
-                    told.push((reply, Err(error.clone())));
-                    return Err(error);
-                }
-                verdict => told.push((reply, verdict)),
-            }
-        }
-        Ok(txn.commit()?)
-    }
-
-    /// Indexes and deletes in bounded steps; says whether more is left.
-    fn look_after(&mut self) -> Result<bool, StoreError> {
-        let db = self.file.db()?;
-        let mut txn = db.begin_write()?;
-        // Lost in a crash, it is done again.
-        txn.set_durability(Durability::None)?;
-        let indexed = journal::index_step(&txn, INDEX_ROWS)?;
-        let now = self.clock.now();
-        let mut dropped = 0;
-        if now.millis_since(self.dropped_at) >= DROP_EVERY_MS {
-            dropped = self.drop_old(&txn, now)?;
-            if dropped < DROP_ROWS {
-                self.dropped_at = now;
-            }
-        }
-        if indexed.rows == 0 && dropped == 0 {
-            txn.abort()?;
-        } else {
-            txn.commit()?;
-        }
-        Ok(indexed.more || dropped == DROP_ROWS)
-    }
-
-    /// Deletes records that arrived before the time for which they are kept.
-    fn drop_old(&self, txn: &redb::WriteTransaction, now: UnixMs) -> Result<usize, StoreError> {
-        let kept_hours = u64::from(self.keep_days).saturating_mul(24);
-        let first_kept = (now.millis() / HOUR_MS).saturating_sub(kept_hours);
-        let below = {
-            let mut arrivals = txn.open_table(ARRIVALS)?;
-            let next = arrivals.range(first_kept..)?.next().transpose()?.map(|(_, place)| place.value());
-            // The last record stays: the next one takes the place behind it, which the index has not seen.
-            let last = journal::last_place_in(txn)?;
-            let below = next.unwrap_or(last).min(last);
-            arrivals.retain_in(..first_kept, |_, place| place >= below)?;
-            below
-        };
-        let old = journal::first_in(txn, below, DROP_ROWS)?;
-        let Some((last, _)) = old.last() else { return Ok(0) };
-        let below = last.saturating_add(1);
-        let (mut chains, mut places) = (txn.open_table(CHAINS)?, txn.open_table(PLACES)?);
-        for (_, sealed) in &old {
-            let fields: Map<String, Value> = serde_json::from_slice(&sealed.bytes).unwrap_or_default();
-            let id = fields.get("chain_id").and_then(Value::as_str).unwrap_or_default();
-            let seq = fields.get("seq").and_then(Value::as_u64).unwrap_or_default();
-            let known = chains.get(id)?.map(|bytes| chain_of(bytes.value())).transpose()?;
-            if let Some(mut chain) = known {
-                places.remove((chain.number, seq))?;
-                chain.first_seq = chain.first_seq.max(seq.saturating_add(1));
-                put_chain(&mut chains, id, &chain)?;
-            }
-        }
-        Ok(journal::drop_below(txn, below, DROP_ROWS)?)
-    }
-}
-
-fn note_arrival(txn: &redb::WriteTransaction, now: UnixMs) -> Result<(), StoreError> {
-    let mut arrivals = txn.open_table(ARRIVALS)?;
-    let hour = now.millis() / HOUR_MS;
-    if arrivals.get(hour)?.is_none() {
-        arrivals.insert(hour, journal::last_place_in(txn)?.saturating_add(1))?;
-    }
-    Ok(())
-}
-
-fn take(txn: &redb::WriteTransaction, incoming: &Incoming, now: UnixMs) -> Result<Chain, StoreError> {
-    let Incoming { batch, floor, backlog } = incoming;
-    let id = batch.origin.chain_id.as_str();
-    let mut chains = txn.open_table(CHAINS)?;
-    let mut places = txn.open_table(PLACES)?;
-    let before = chains.get(id)?.map(|bytes| chain_of(bytes.value())).transpose()?;
-    let number = u32::try_from(chains.len()?).unwrap_or(u32::MAX);
-    if before.is_none() && usize::try_from(number).is_ok_and(|number| number >= CHAINS_MAX) {
-        return Err(Refused::Foreign.into());
-    }
-    let hash_of = |seq| -> Option<[u8; 32]> {
-        let place = places.get((before.as_ref()?.number, seq)).ok()??.value();
-        journal::get_in(txn, place).ok()?.map(|sealed| sealed.hash)
-    };
-    match chain::judge(before.as_ref(), number, batch, *floor, now, hash_of) {
-        Ok(Taken { held, mut chain }) => {
-            if before.is_none() {
-                report_new(&chains, id, &chain)?;
-            }
-            chain.backlog = *backlog;
-            for record in batch.records.iter().skip(held) {
-                let place = journal::append_next(txn, &record.sealed)?;
-                places.insert((chain.number, record.seq), place)?;
-            }
-            put_chain(&mut chains, id, &chain)?;
-            Ok(chain)
-        }
-        Err(refused @ Refused::Forked(seq)) => {
-            tracing::error!(
-                chain_id = id,
-                node = batch.origin.node,
-                seq,
-                "records contradict those that are held"
-            );
-            if let Some(mut chain) = before {
-                chain.forked_at = chain.forked_at.or(Some(seq));
-                chain.last_seen = now.millis();
-                put_chain(&mut chains, id, &chain)?;
-            }
-            keep_evidence(txn, batch, seq, now)?;
-            Err(refused.into())
-        }
-        Err(refused) => Err(refused.into()),
-    }
+fn prev_hash_of(record: &[u8]) -> [u8; 32] {
+    let fields: Map<String, Value> = serde_json::from_slice(record).unwrap_or_default();
+    let hash = fields.get("prev_hash").and_then(Value::as_str).and_then(from_hex);
+    hash.and_then(|hash| hash.try_into().ok()).unwrap_or_default()
 }
 
 /// A node that starts another chain has lost, replaced or restored its ledger.
-fn report_new(
-    chains: &impl redb::ReadableTable<&'static str, &'static [u8]>,
-    id: &str,
-    chain: &Chain,
-) -> Result<(), StoreError> {
-    for found in chains.iter()? {
-        let (other, bytes) = found?;
-        let before = chain_of(bytes.value())?;
-        if before.node == chain.node {
-            tracing::warn!(
-                node = chain.node,
-                chain_id = id,
-                before = other.value(),
-                "a known node started a new chain: its ledger was lost, replaced or restored"
-            );
-            break;
-        }
-    }
-    Ok(())
+pub(super) fn report_new(node: &str, chain_id: &str, before: &str) {
+    tracing::warn!(
+        node,
+        chain_id,
+        before,
+        "a known node started a new chain: its ledger was lost, replaced or restored"
+    );
 }
 
-fn keep_evidence(
-    txn: &redb::WriteTransaction,
-    batch: &Batch,
-    seq: u64,
-    now: UnixMs,
-) -> Result<(), StoreError> {
-    let mut table = txn.open_table(EVIDENCE)?;
-    if table.len()? >= EVIDENCE_MAX {
-        return Ok(());
-    }
-    let last = table.last()?.map_or(0, |(number, _)| number.value());
+pub(super) fn report_fork(batch: &Batch, seq: u64) {
+    let (chain_id, node) = (&batch.origin.chain_id, &batch.origin.node);
+    tracing::error!(chain_id, node, seq, "records contradict those that are held");
+}
+
+/// What is kept of a batch that contradicts from a record on, and what tells it from another: the same batch comes again
+/// with every try.
+pub(super) fn evidence_of(batch: &Batch, seq: u64, now: UnixMs) -> (String, Value) {
     let from = batch.records.iter().skip_while(|one| one.seq < seq).take(EVIDENCE_RECORDS_MAX);
     let records: Vec<Value> = from.map(|one| Value::Object(one.sealed.to_json())).collect();
-    // The same batch comes again with every try.
     let digest = hex(&batch.records.last().map(|one| one.sealed.hash).unwrap_or_default());
-    let is_known = table.last()?.is_some_and(|(_, bytes)| {
-        let kept: Value = serde_json::from_slice(bytes.value()).unwrap_or_default();
-        kept["last_hash"] == digest
-    });
-    if is_known {
-        return Ok(());
-    }
     let kept = json!({
         "at": now.to_string(),
         "chain_id": batch.origin.chain_id,
@@ -518,88 +225,5 @@ fn keep_evidence(
         "last_hash": digest,
         "records": records,
     });
-    table.insert(last.saturating_add(1), kept.to_string().as_bytes())?;
-    Ok(())
-}
-
-fn put_chain(table: &mut redb::Table<'_, &str, &[u8]>, id: &str, chain: &Chain) -> Result<(), StoreError> {
-    // Strings and integers always serialise.
-    let bytes = serde_json::to_vec(chain).unwrap_or_default();
-    table.insert(id, bytes.as_slice())?;
-    Ok(())
-}
-
-fn chain_of(bytes: &[u8]) -> Result<Chain, StoreError> {
-    serde_json::from_slice(bytes).map_err(|_| StoreError::Unavailable("a chain cannot be read".to_owned()))
-}
-
-fn prev_hash_of(record: &[u8]) -> [u8; 32] {
-    let fields: Map<String, Value> = serde_json::from_slice(record).unwrap_or_default();
-    let hash = fields.get("prev_hash").and_then(Value::as_str).and_then(crate::id::from_hex);
-    hash.and_then(|hash| hash.try_into().ok()).unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::Ordering;
-
-    use super::*;
-    use crate::audit::{Entry, Event, FIRST_PREV_HASH, Place, Sealed, seal};
-    use crate::time::DAY_MS;
-
-    fn records(from: u64, to: u64) -> Batch {
-        let mut prev_hash = FIRST_PREV_HASH;
-        let mut lines = Vec::new();
-        for seq in 1..=to {
-            let place = Place { seq, ledger_id: "ledger_1", node: "n", chain_id: "ledger_1", prev_hash };
-            let at = UnixMs::from_millis(1_784_000_000_000).to_string();
-            let sealed: Sealed = seal(&place, &Entry { at, event: Event::Refused, ..Entry::default() });
-            prev_hash = sealed.hash;
-            if seq >= from {
-                lines.extend([sealed.to_line(), b"\n".to_vec()].concat());
-            }
-        }
-        chain::read(&lines).unwrap()
-    }
-
-    fn seqs(store: &Store) -> Vec<u64> {
-        let all = AuditFilter { all_events: true, ascending: true, ..AuditFilter::default() };
-        let page = store.query(&all, None, 100).unwrap();
-        page.items.iter().map(|record| record["seq"].as_u64().unwrap()).collect()
-    }
-
-    /// Opens it once the writer of the handle before has let go.
-    async fn open(path: &Path, clock: &Clock) -> Store {
-        loop {
-            match Store::open(path, clock.clone(), 2) {
-                Err(StoreError::Locked) => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
-                other => return other.unwrap(),
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn old_records_go_and_what_comes_later_is_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("collector.redb");
-        let (clock, hand) = Clock::manual(UnixMs::from_millis(1_784_000_000_000));
-        let store = open(&path, &clock).await;
-        let incoming = |batch| Incoming { batch, floor: 1, backlog: 0 };
-        store.take(incoming(records(1, 4))).await.unwrap();
-        drop(store);
-        // Nobody sent anything for longer than records are kept.
-        hand.fetch_add(5 * DAY_MS, Ordering::SeqCst);
-        let store = open(&path, &clock).await;
-        while seqs(&store).len() > 1 {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-        assert_eq!(seqs(&store), [4], "the last one stays");
-        store.take(incoming(records(3, 7))).await.unwrap();
-        // It may go now that it is not the last one any more.
-        let kept = seqs(&store);
-        assert!(matches!(kept.as_slice(), [4, 5, 6, 7] | [5, 6, 7]), "{kept:?}");
-        let chain = store.chain("ledger_1").unwrap().unwrap();
-        let verdict = store.verify("ledger_1", &chain).unwrap();
-        assert_eq!((verdict.records, verdict.broken), (8 - chain.first_seq, None));
-    }
+    (digest, kept)
 }

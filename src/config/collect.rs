@@ -9,9 +9,11 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::check::{Check, RawTls, or_default, unreadable};
+use super::database::{Names, RawDatabase};
 use super::given::{Given, Reader};
 use super::{ConfigErrors, LogFormat, Variable, secret, setting};
 use crate::collect::{NodeToken, TOKEN_CHARS_MIN, parse_tokens};
+use crate::postgres;
 use crate::secret::Secret;
 use crate::ship::{Format, Target};
 use crate::tls::TlsSource;
@@ -32,6 +34,17 @@ pub const COLLECT_VARIABLES: &[Variable] = &[
         "./keybrake-collector",
         "directory of its records and of tls/, created 0700",
     ),
+    secret(
+        "KEYBRAKE_COLLECT_DATABASE_URL",
+        "postgres://…: records go to this database, which several collectors may share; unset: to COLLECT_DATA_DIR",
+    ),
+    secret("KEYBRAKE_COLLECT_DATABASE_PASSWORD", "its password, where the URL has none"),
+    setting(
+        "KEYBRAKE_COLLECT_DATABASE_CA_FILE",
+        "",
+        "PEM file of one more trust anchor towards the database",
+    ),
+    setting("KEYBRAKE_COLLECT_DATABASE_SCHEMA", "keybrake_collect", "schema in it, made when there is none"),
     setting("KEYBRAKE_COLLECT_TOKENS_FILE", "", "required: who may send, one `node token` a line"),
     secret(
         "KEYBRAKE_COLLECT_QUERY_KEY",
@@ -39,6 +52,13 @@ pub const COLLECT_VARIABLES: &[Variable] = &[
     ),
     setting("KEYBRAKE_COLLECT_DAYS", "400", "days for which records are kept, 1 to 3650"),
 ];
+
+const DATABASE: Names = Names {
+    url: "KEYBRAKE_COLLECT_DATABASE_URL",
+    password: "KEYBRAKE_COLLECT_DATABASE_PASSWORD",
+    ca_file: "KEYBRAKE_COLLECT_DATABASE_CA_FILE",
+    schema: "KEYBRAKE_COLLECT_DATABASE_SCHEMA",
+};
 
 /// Settings of others that `collect` reads.
 pub(super) const SHARED: &[&str] = &[
@@ -59,8 +79,10 @@ pub struct CollectConfig {
     pub listen: Vec<SocketAddr>,
     /// Addresses of metrics and probes, at least one.
     pub ops_listen: Vec<SocketAddr>,
-    /// Directory of the records; may not exist yet.
+    /// Directory of the records, unless a database has them, and of `tls/`; may not exist yet.
     pub data_dir: PathBuf,
+    /// Where the records go instead.
+    pub database: Option<postgres::Target>,
     /// Certificates; `None` = plain HTTP, on loopback only.
     pub tls: Option<TlsSource>,
     /// Who may send, at least one.
@@ -82,6 +104,12 @@ struct Raw {
     collect_listen: Option<String>,
     collect_ops_listen: Option<String>,
     collect_data_dir: Option<String>,
+    collect_database_url: Option<String>,
+    collect_database_url_file: Option<String>,
+    collect_database_password: Option<String>,
+    collect_database_password_file: Option<String>,
+    collect_database_ca_file: Option<String>,
+    collect_database_schema: Option<String>,
     collect_tokens_file: Option<String>,
     collect_query_key: Option<String>,
     collect_query_key_file: Option<String>,
@@ -132,8 +160,17 @@ impl CollectConfig {
         if query_key.as_ref().is_some_and(|key| key.chars().count() < TOKEN_CHARS_MIN) {
             check.refuse("KEYBRAKE_COLLECT_QUERY_KEY", "needs 32 characters or more");
         }
+        let database = RawDatabase {
+            url: raw.collect_database_url,
+            url_file: raw.collect_database_url_file,
+            password: raw.collect_database_password,
+            password_file: raw.collect_database_password_file,
+            ca_file: raw.collect_database_ca_file,
+            schema: raw.collect_database_schema,
+        };
         let config = Self {
             tls: check.tls(tls, &data_dir, &listen),
+            database: check.database(&DATABASE, database),
             tokens: check.tokens(raw.collect_tokens_file),
             query_key: query_key.map(Secret::new),
             days: check.number("KEYBRAKE_COLLECT_DAYS", raw.collect_days, 1, 3650),
@@ -310,6 +347,45 @@ mod tests {
             ("node HUSH", vec![], "line 1: the token needs 32"),
             ("a ok", vec![("KEYBRAKE_COLLECT_QUERY_KEY", "HUSH")], "KEYBRAKE_COLLECT_QUERY_KEY: needs 32"),
             ("a ok", vec![("KEYBRAKE_COLLECT_DAYS", "0")], "KEYBRAKE_COLLECT_DAYS"),
+            (
+                "a ok",
+                vec![("KEYBRAKE_COLLECT_DATABASE_URL", "mysql://u:HUSH@db/b")],
+                "KEYBRAKE_COLLECT_DATABASE_URL: must be a URL such as postgres://",
+            ),
+            (
+                "a ok",
+                vec![
+                    ("KEYBRAKE_COLLECT_DATABASE_URL", "postgres://u:HUSH@db/b"),
+                    ("KEYBRAKE_COLLECT_DATABASE_PASSWORD", "HUSH"),
+                ],
+                "KEYBRAKE_COLLECT_DATABASE_PASSWORD: holds a password, and another",
+            ),
+            (
+                "a ok",
+                vec![
+                    ("KEYBRAKE_COLLECT_DATABASE_URL", "postgres://u:HUSH@db/b"),
+                    ("KEYBRAKE_COLLECT_DATABASE_SCHEMA", "Mine"),
+                ],
+                "KEYBRAKE_COLLECT_DATABASE_SCHEMA: the name of a schema",
+            ),
+            (
+                "a ok",
+                vec![
+                    ("KEYBRAKE_COLLECT_DATABASE_URL", "postgres://u:HUSH@db/b"),
+                    ("KEYBRAKE_COLLECT_DATABASE_CA_FILE", "/nowhere"),
+                ],
+                "KEYBRAKE_COLLECT_DATABASE_CA_FILE: /nowhere",
+            ),
+            (
+                "a ok",
+                vec![("KEYBRAKE_COLLECT_DATABASE_PASSWORD", "HUSH")],
+                "KEYBRAKE_COLLECT_DATABASE_PASSWORD: has a meaning only with KEYBRAKE_COLLECT_DATABASE_URL",
+            ),
+            (
+                "a ok",
+                vec![("KEYBRAKE_COLLECT_DATABASE_URL_FILE", "/nowhere")],
+                "KEYBRAKE_COLLECT_DATABASE_URL_FILE: `/nowhere`",
+            ),
             ("a ok", vec![("KEYBRAKE_COLLECT_LISTN", "x")], "KEYBRAKE_COLLECT_LISTN: is no setting"),
             ("a ok", vec![("KEYBRAKE_TLS", "off"), ("KEYBRAKE_COLLECT_LISTEN", "0.0.0.0:1")], "KEYBRAKE_TLS"),
         ] {
@@ -323,6 +399,16 @@ mod tests {
         let uid = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
         let told = format!("KEYBRAKE_COLLECT_TOKENS_FILE: cannot be read by uid {uid}: ");
         assert!(gone.unwrap_err().to_string().contains(&told));
+        let with = read(
+            &format!("a {TOKEN}"),
+            &[
+                ("KEYBRAKE_COLLECT_DATABASE_URL", "postgres://u@db/b"),
+                ("KEYBRAKE_COLLECT_DATABASE_PASSWORD", "HUSH"),
+            ],
+        );
+        let (with, database) = (format!("{with:?}"), with.unwrap().database.unwrap());
+        assert_eq!(database.place(), "db:5432/b, schema keybrake_collect");
+        assert!(database.is_encrypted() && !with.contains("HUSH"), "{with}");
         // Secrets of a sidecar are no business of a collector's.
         read(&format!("a {TOKEN}"), &[("KEYBRAKE_ADMIN_KEY", "x"), ("KEYBRAKE_URL", "y")]).unwrap();
     }

@@ -16,7 +16,7 @@ use tower::ServiceExt as _;
 use super::{RENEW_LOOK_MS, Stopped, make_private_dir, wait_or_stop, wall_clock};
 use crate::collect::ops::CollectorOps;
 use crate::collect::store::Store;
-use crate::collect::{self, BATCHES_AT_ONCE, Collector, file_in};
+use crate::collect::{self, BATCHES_AT_ONCE, Collector, file_in, postgres, redb};
 use crate::config::CollectConfig;
 use crate::server::{self, Limits, Listeners, ReplyBody};
 use crate::time::Clock;
@@ -34,8 +34,7 @@ pub async fn run(
 ) -> Result<(), Stopped> {
     make_private_dir(&config.data_dir)
         .with_context(|| format!("cannot make {}", config.data_dir.display()))?;
-    let store = Store::open(&file_in(&config.data_dir), Clock::System, u32::from(config.days))
-        .with_context(|| format!("cannot open the store in {}", config.data_dir.display()))?;
+    let store = open(&config).await?;
     let tls = match &config.tls {
         Some(source) => {
             Some(Arc::new(ServerTls::new(source.clone(), wall_clock()).context("TLS cannot be set up")?))
@@ -65,7 +64,7 @@ pub async fn run(
         ops_limits,
         move |request: Request<Incoming>, _| {
             let ops = Arc::clone(&ops);
-            async move { ops.answer(request.uri().path()) }
+            async move { ops.answer(request.uri().path()).await }
         },
         async move { ops_stop.cancelled().await },
     ));
@@ -89,6 +88,17 @@ pub async fn run(
     let _ = ops_server.await;
     tracing::info!("the collector has stopped");
     Ok(())
+}
+
+async fn open(config: &CollectConfig) -> Result<Store, anyhow::Error> {
+    let days = u32::from(config.days);
+    if let Some(target) = &config.database {
+        let store = postgres::Store::open(target.clone(), Clock::System, days).await;
+        return Ok(Store::Postgres(store.with_context(|| format!("cannot use {}", target.place()))?));
+    }
+    let store = redb::Store::open(&file_in(&config.data_dir), Clock::System, days);
+    let context = || format!("cannot open the store in {}", config.data_dir.display());
+    Ok(Store::Redb(store.with_context(context)?))
 }
 
 async fn route(router: axum::Router, request: Request<Incoming>) -> Response<ReplyBody> {
@@ -132,6 +142,9 @@ fn spawn_reload(
             }
             *collector.tokens.write().unwrap_or_else(PoisonError::into_inner) = config.tokens;
             *collector.query_key.write().unwrap_or_else(PoisonError::into_inner) = config.query_key;
+            if let (Store::Postgres(store), Some(target)) = (&collector.store, config.database) {
+                store.turn_to(target);
+            }
             tracing::info!("settings were read again");
         }
     });

@@ -1,6 +1,6 @@
 //! A collector under the load of a fleet: `KEYBRAKE_BENCH_NODES` (100) nodes send a batch of 20 records each second, for
-//! `KEYBRAKE_BENCH_SECONDS` (20), from this machine's own cores. Told are the latency of a batch, how far the index is
-//! behind at the end, and what a question costs meanwhile.
+//! `KEYBRAKE_BENCH_SECONDS` (20), from this machine's own cores; with `KEYBRAKE_BENCH_POSTGRES_URL` one that keeps its
+//! records there, in a schema that is left behind. Told are the latency of a batch and what a question costs meanwhile.
 #![expect(clippy::disallowed_methods, reason = "a benchmark asks the machine's clock")]
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot measure stops")]
 #![expect(clippy::print_stdout, reason = "what it measures is told on standard output")]
@@ -104,7 +104,8 @@ async fn main() {
     std::fs::write(dir.path().join("tokens"), tokens.join("\n")).unwrap();
     let port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (listen, ops) = (port().to_string(), port().to_string());
-    let mut collector = Command::new(env!("CARGO_BIN_EXE_keybrake"))
+    let mut collector = Command::new(env!("CARGO_BIN_EXE_keybrake"));
+    collector
         .arg("collect")
         .env_clear()
         .env("KEYBRAKE_COLLECT_LISTEN", &listen)
@@ -114,9 +115,12 @@ async fn main() {
         .env("KEYBRAKE_COLLECT_QUERY_KEY", QUERY_KEY)
         .env("KEYBRAKE_TLS", "off")
         .env("KEYBRAKE_LOG", "warn")
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+        .stdout(Stdio::null());
+    if let Ok(url) = std::env::var("KEYBRAKE_BENCH_POSTGRES_URL") {
+        collector.env("KEYBRAKE_COLLECT_DATABASE_URL", url);
+        collector.env("KEYBRAKE_COLLECT_DATABASE_SCHEMA", format!("bench_{}", std::process::id()));
+    }
+    let mut collector = collector.spawn().unwrap();
     let _ = rustls::crypto::ring::default_provider().install_default();
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let base = format!("http://{listen}");

@@ -225,6 +225,10 @@ impl Schema<'_> {
         &self.name
     }
 
+    pub(crate) fn url(&self) -> &str {
+        self.server.url()
+    }
+
     pub(crate) fn target(&self) -> Target {
         Target::parse(&self.server.url, None, &self.name, tls::client_config(None).unwrap()).unwrap()
     }

@@ -63,7 +63,7 @@ const VENDOR_NAMES_KNOWN: &[&str] =
     &["stripe_request_id", "stripe_metadata", "stripe_key_mode", "looks_like_stripe_key"];
 
 /// Where tables are defined.
-const CATALOGUES: &[&str] = &["ledger/row", "journal", "collect/store"];
+const CATALOGUES: &[&str] = &["ledger/row", "journal", "collect/redb"];
 
 /// The longest a file may be without its tests.
 const FILE_LINES_MAX: usize = 700;

@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Duration, Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Collector, token};
+use crate::collector::{Collector, Kept, token};
 use crate::dice::{Dice, Told, seeds};
 use crate::ledger::reads::wait;
 use crate::own_faults::tls_of;
@@ -106,7 +106,7 @@ impl Drop for Shipped {
 /// Nothing fails and nothing is started again: who else serves the account is asked for all the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_serves_the_same_account_is_asked_again_within_the_hour() {
-    let collector = Collector::start(&["a", "b", "c"]).await;
+    let collector = Collector::start(Kept::File, &["a", "b", "c"]).await;
     let first = Shipped::start("a", &collector, None).await;
     first.is_shipped().await;
     let second = Shipped::start("b", &collector, None).await;
@@ -261,12 +261,11 @@ impl Cuttable {
 }
 
 /// Connections are cut within batches and within the answers to them, while charges are made.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_way_that_is_cut_within_batches_loses_and_doubles_nothing() {
+pub(super) async fn a_way_that_is_cut_within_batches_loses_and_doubles_nothing(kept: Kept) {
     for seed in seeds("KEYBRAKE_TEST_CUTS", 1) {
         let told = Told::of_seed(seed);
         let (standin, collector) =
-            (Standin::start(Options::default()), Collector::start(&["a", "b", "c"]).await);
+            (Standin::start(Options::default()), Collector::start(kept, &["a", "b", "c"]).await);
         let start = |node, n| Cuttable::start(node, &collector, &standin, seed.wrapping_mul(3) + n);
         let (a, b, c) = tokio::join!(start("a", 0), start("b", 1), start("c", 2));
         let (of_a, of_b, of_c) = tokio::join!(a.load(), b.load(), c.load());
