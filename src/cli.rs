@@ -206,7 +206,7 @@ fn variables_help() -> String {
                 } else {
                     format!(" [{}]", variable.default)
                 };
-                format!("  {:<32} {}{or_file}{default}", variable.name, variable.meaning)
+                format!("  {:<34} {}{or_file}{default}", variable.name, variable.meaning)
             })
             .collect();
         rows.join("\n")
