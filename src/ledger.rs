@@ -224,6 +224,15 @@ impl Ledger {
         matches!(self.store, Store::Postgres(_))
     }
 
+    /// Whether this sidecar looks for what became of doubts: of those that have a ledger together, one at a time does. That
+    /// two do while one takes over from another is harmless: what they find is written under locks.
+    pub fn leads(&self) -> bool {
+        match &self.store {
+            Store::Redb(_) => true,
+            Store::Postgres(store) => store.leads(),
+        }
+    }
+
     /// This run of the process.
     pub fn boot(&self) -> BootId {
         match &self.store {

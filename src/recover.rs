@@ -126,7 +126,10 @@ impl Recovery {
     }
 
     fn may_ask(&self) -> bool {
-        self.account.estate().is_some() && !self.account.draining() && self.ledger.failure().is_none()
+        self.account.estate().is_some()
+            && !self.account.draining()
+            && self.ledger.failure().is_none()
+            && self.ledger.leads()
     }
 
     /// Doubts and open holds, the oldest first.

@@ -12,7 +12,7 @@
 mod session;
 mod writer;
 
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -59,6 +59,8 @@ pub(crate) struct PostgresStore {
     trouble: Mutex<Option<String>>,
     /// How far the database's clock is ahead of the machine's, in milliseconds.
     ahead: AtomicI64,
+    /// Whether this sidecar is the one that looks for what became of doubts.
+    leads: AtomicBool,
     /// The highest time that was ever used.
     mark: Arc<AtomicU64>,
     clock: Clock,
@@ -168,6 +170,7 @@ async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, 
         latch: Mutex::default(),
         trouble: Mutex::default(),
         ahead: AtomicI64::new(0),
+        leads: AtomicBool::new(false),
         mark: Arc::default(),
         clock: opening.clock.clone(),
         reads: tokio::sync::Mutex::default(),
@@ -221,6 +224,14 @@ impl PostgresStore {
             tracing::error!(why, "the ledger failed; nothing is admitted until the process is started again");
             *latch = Some(why.to_owned());
         }
+    }
+
+    fn note_lead(&self, leads: bool) {
+        self.leads.store(leads, Ordering::Relaxed);
+    }
+
+    pub(super) fn leads(&self) -> bool {
+        self.leads.load(Ordering::Relaxed)
     }
 
     fn note_trouble(&self, trouble: Option<String>) {

@@ -391,8 +391,8 @@ impl Session {
     }
 
     /// Says that this run of the process lives, and fences those that were silent for too long. Answers those that are
-    /// fenced and may be sending still, by the ledger.
-    pub(super) async fn beat(&self, boot: BootId) -> Result<Vec<BootId>, DatabaseError> {
+    /// fenced and may be sending still, by the ledger, and whether this one is the first of those that live.
+    pub(super) async fn beat(&self, boot: BootId) -> Result<(Vec<BootId>, bool), DatabaseError> {
         let boot = boot.as_bytes().as_slice();
         self.connection
             .execute("UPDATE boots SET seen = clock_timestamp() WHERE boot = $1 AND NOT fenced", &[&boot])
@@ -408,7 +408,10 @@ impl Session {
             let id: &[u8] = row.try_get(0)?;
             boots.extend(id.try_into().ok().map(BootId::from_bytes));
         }
-        Ok(boots)
+        let first = "SELECT boot FROM boots WHERE NOT fenced ORDER BY boot LIMIT 1";
+        let first = self.connection.query_opt(first, &[]).await?;
+        let leads = first.map_or(Ok(false), |row| row.try_get::<_, &[u8]>(0).map(|first| first == boot))?;
+        Ok((boots, leads))
     }
 
     /// Notes that runs of the process have nothing more that they are sending, by the ledger.

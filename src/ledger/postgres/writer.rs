@@ -21,6 +21,7 @@ use crate::ledger::execute::{Around, Unclaimed, Waiting, execute, refuse, refuse
 use crate::ledger::loaded::{Hints, Loaded, Needs};
 use crate::ledger::postgres::PostgresStore;
 use crate::ledger::postgres::session::{self, Ended, Session};
+use crate::ledger::row::{ANSWERS, AUDIT};
 use crate::ledger::source::Source;
 use crate::ledger::tx::{Head, Tx};
 use crate::ledger::{LedgerError, Opening, Sending};
@@ -334,11 +335,11 @@ impl Writer {
         let ended = session.commit(self.opening.boot, self.batch, changes).await;
         // Guesses: nothing is decided by them, so they may be of a commit that does not hold.
         for (table, key, value) in loaded.rows() {
-            if let Some(value) = value {
-                self.hints.note(table, key, Some(value));
+            if value.is_some() && is_worth_a_hint(table) {
+                self.hints.note(table, key, value);
             }
         }
-        for (table, rows) in changes.rows() {
+        for (table, rows) in changes.rows().filter(|(table, _)| is_worth_a_hint(*table)) {
             rows.for_each(|(key, value)| self.hints.note(table, key, value));
         }
         let before = self.head.replace(head);
@@ -470,7 +471,8 @@ impl Writer {
     async fn doubt_gone(&mut self) -> Result<(), Trouble> {
         let boot = self.opening.boot;
         let Some(session) = &self.session else { return Ok(()) };
-        let gone = session.beat(boot).await?;
+        let (gone, leads) = session.beat(boot).await?;
+        self.store.note_lead(leads);
         if gone.is_empty() {
             return Ok(());
         }
@@ -490,6 +492,11 @@ impl Writer {
         }
         Ok(())
     }
+}
+
+/// Answers and records are long, and seldom asked for.
+fn is_worth_a_hint(table: usize) -> bool {
+    ![ANSWERS.number, AUDIT.number].iter().any(|number| table == usize::from(*number))
 }
 
 /// What a call came to, and records for which nobody waits: they are written as soon as they can be.
