@@ -18,6 +18,7 @@ KESTRA = REPO / "docker" / "compose.kestra.yaml"
 PROCESS = REPO / "docker" / "compose.process.yaml"
 ALIAS = REPO / "docker" / "compose.alias.yaml"
 FLEET = REPO / "docker" / "compose.fleet.yaml"
+POSTGRES = REPO / "docker" / "compose.postgres.yaml"
 STANDIN = HERE / "standin.compose.yaml"
 SHARED = "container:{container}"
 # Exits 0 when somebody listens there, whatever the name or the address is.
@@ -177,6 +178,54 @@ def test_a_fleet_ships_to_its_collector(stage: Stage, compose: Compose, customer
     asked = ["exec", "-T", "collector", "/keybrake", "audit", "query", "outcome=spent", "--json"]
     spent = {(row["node"], row["customer"]) for row in json.loads(ours.run(*asked))["data"]}
     assert spent == {("worker-1", f"{customer}1"), ("worker-2", f"{customer}2")}
+
+
+def test_a_fleet_has_one_ledger_in_kestras_database(stage: Stage, compose: Compose) -> None:
+    before, after = read(stage, compose, FLEET), read(stage, compose, FLEET, POSTGRES)
+    assert set(after) == set(before) | {"ledger-database"}
+    ledger = {
+        "KEYBRAKE_LEDGER_URL": "postgres://keybrake@/keybrake?host=/run/postgresql",
+        "KEYBRAKE_LEDGER_PASSWORD_FILE": "/run/secrets/keybrake_ledger_password",
+        "KEYBRAKE_LEDGER_SCHEMA": "keybrake",
+    }
+    known = (REPO / "src" / "config.rs").read_text()
+    assert all(f'"{name.removesuffix("_FILE")}"' in known for name in ledger)
+    sidecars = ("keybrake-1", "keybrake-2")
+    for name in sidecars:
+        alone, together = before[name], after[name]
+        assert together["environment"] == alone["environment"] | ledger
+        assert together["depends_on"] == alone["depends_on"] | {
+            "ledger-database": {"condition": "service_completed_successfully", "required": True}
+        }
+        more = {kind: [one for one in together[kind] if one not in alone[kind]] for kind in ("secrets", "volumes")}
+        assert [secret["target"] for secret in more["secrets"]] == [ledger["KEYBRAKE_LEDGER_PASSWORD_FILE"]]
+        assert [(volume["source"], volume["target"]) for volume in more["volumes"]] == [
+            ("postgres-socket", "/run/postgresql")
+        ]
+        # Tasks are on the sidecar's network: the database is not.
+        assert together["networks"] == alone["networks"]
+        assert not together["networks"].keys() & after["postgres"]["networks"].keys()
+    nodes = {after[name]["environment"]["KEYBRAKE_NODE"] for name in sidecars}
+    assert len(nodes) == len(sidecars)
+
+    # The workers have one issuer key, and nothing that opens the database.
+    for name in ("worker-1", "worker-2"):
+        assert after[name]["volumes"] == before[name]["volumes"]
+        assert "secrets" not in after[name] and "LEDGER" not in json.dumps(after[name])
+    given = {"SECRET_KEYBRAKE_ISSUER_KEY": "aWs="}
+    told = compose.run([FLEET, POSTGRES], "config", "--format", "json", project=stage.name, settings=given)
+    workers = [json.loads(told)["services"][name]["environment"] for name in ("worker-1", "worker-2")]
+    assert [worker["SECRET_KEYBRAKE_ISSUER_KEY"] for worker in workers] == ["aWs=", "aWs="]
+
+    # What makes the database comes by the socket, with the password of the server's own role.
+    maker, server = after["ledger-database"], after["postgres"]
+    assert (maker["image"], maker["network_mode"], maker["restart"]) == (server["image"], "none", "no")
+    assert maker["environment"]["PGUSER"] == server["environment"]["POSTGRES_USER"]
+    assert maker["environment"]["PGPASSWORD"] == server["environment"]["POSTGRES_PASSWORD"]
+    for service in (maker, server):
+        assert ("postgres-socket", maker["environment"]["PGHOST"]) in [
+            (volume["source"], volume["target"]) for volume in service["volumes"]
+        ]
 
 
 def ask_collector(ours: Project, path: str) -> list[dict[str, Any]]:
