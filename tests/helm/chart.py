@@ -16,8 +16,11 @@ REPO = Path(__file__).resolve().parents[2]
 HELM = REPO / "kestra" / "helm"
 BASE = "values-keybrake.yaml"
 PERSISTENT = "values-keybrake-persistent.yaml"
+POSTGRES = "values-keybrake-postgres.yaml"
 # The first one with sidecars that are init containers, and the newest there is a schema for.
 KUBERNETES = ("1.29", kubernetes_validate.latest_version())
+# The first one with a StatefulSet that names no service.
+KUBERNETES_OF_A_FLEET = ("1.33", kubernetes_validate.latest_version())
 RELEASE = "kestra"
 # What the chart insists on.
 YOURS = {
@@ -66,8 +69,8 @@ class Rendered:
         (found,) = [one for one in self.manifests if one["kind"] == kind and one["metadata"]["name"] == name]
         return found
 
-    def check(self) -> None:
-        check(self.manifests)
+    def check(self, versions: tuple[str, ...] = KUBERNETES) -> None:
+        check(self.manifests, versions)
 
 
 def render(chart: Path, given: Manifest) -> Rendered:
@@ -77,10 +80,10 @@ def render(chart: Path, given: Manifest) -> Rendered:
     return Rendered([document for document in documents if document])
 
 
-def check(manifests: list[Manifest]) -> None:
+def check(manifests: list[Manifest], versions: tuple[str, ...] = KUBERNETES) -> None:
     """Unknown fields are errors, which an API server only warns of."""
     for manifest in manifests:
-        for version in KUBERNETES:
+        for version in versions:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 

@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from chart import BASE, HELM, PERSISTENT, RELEASE, REPO, Manifest, Rendered
+from chart import BASE, HELM, KUBERNETES_OF_A_FLEET, PERSISTENT, POSTGRES, RELEASE, REPO, Manifest, Rendered
 from chart import charts, check, merge, one, plain, render, values
 
 OVERLAYS = [(BASE,), (BASE, PERSISTENT)]
@@ -59,8 +59,9 @@ def worker_of(rendered: Rendered) -> tuple[Manifest, Manifest]:
 
 def test_the_sidecar_knows_every_setting() -> None:
     # Those that are commented out too: it refuses to start with a name that it does not know.
-    named = re.findall(r"name: (KEYBRAKE_[A-Z_]+)", (HELM / BASE).read_text())
+    named = re.findall(r"name: (KEYBRAKE_[A-Z_]+)", (HELM / BASE).read_text() + (HELM / POSTGRES).read_text())
     assert {"KEYBRAKE_STRIPE_SECRET_KEY_FILE", "KEYBRAKE_CA_OUT", "KEYBRAKE_COLLECTOR_URL"} <= set(named)
+    assert {"KEYBRAKE_LEDGER_URL_FILE", "KEYBRAKE_LEDGER_CA_FILE"} <= set(named)
     source = (REPO / "src" / "config.rs").read_text()
     known = set(re.findall(r'setting\(\s*"(KEYBRAKE_[A-Z_]+)"', source))
     secrets = set(re.findall(r'secret\(\s*"(KEYBRAKE_[A-Z_]+)"', source))
@@ -220,6 +221,48 @@ def test_the_persistent_variant_changes_the_ledgers_volume_alone() -> None:
     assert persistent == base
 
 
+def test_the_variant_of_a_fleet_changes_the_ledger_and_the_pods_names_alone() -> None:
+    base, fleet = (values(*files)["deployments"]["worker"] for files in ((BASE,), (BASE, POSTGRES)))
+    assert (fleet.pop("kind"), fleet.pop("replicas"), base.pop("replicas")) == ("StatefulSet", 3, 1)
+    before, after = (worker["initContainers"][0].pop("env") for worker in (base, fleet))
+    node = one(after, "KEYBRAKE_NODE")
+    assert node["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+    # It finds keys, caps and calls in the database, and not in the volume beside it.
+    ledger = [entry for entry in after if entry["name"].startswith("KEYBRAKE_LEDGER_")]
+    assert {entry["name"] for entry in ledger} == {
+        "KEYBRAKE_LEDGER_URL_FILE",
+        "KEYBRAKE_LEDGER_PASSWORD_FILE",
+        "KEYBRAKE_LEDGER_SCHEMA",
+    }
+    assert [entry for entry in after if entry not in [node, *ledger]] == [
+        entry for entry in before if entry["name"] != "KEYBRAKE_NODE"
+    ]
+    secret, both = (worker["extraVolumes"].pop() for worker in (base, fleet))
+    assert secret["name"] == both["name"]
+    names = [source["secret"]["name"] for source in both["projected"]["sources"]]
+    assert names == [secret["secret"]["secretName"], "keybrake-ledger"]
+    assert both["projected"]["defaultMode"] == secret["secret"]["defaultMode"]
+    # What the sidecar reads is in the Secrets of the example.
+    keys = {key for name in names for key in one_manifest("Secret", name)["stringData"]}
+    files = {entry["value"] for entry in after if entry["name"].endswith("_FILE")}
+    assert files == {f"/run/secrets/keybrake/{key}" for key in keys}
+    # Probes, what it may do, mounts, the worker's environment.
+    assert fleet == base
+
+
+def test_each_pod_of_a_fleet_has_a_name_that_stays(chart: Path) -> None:
+    rendered = render(chart, values(BASE, POSTGRES))
+    rendered.check(KUBERNETES_OF_A_FLEET)
+    spec = rendered.named("StatefulSet", WORKER)["spec"]
+    assert spec["replicas"] == 3
+    pod, main = worker_of(rendered)
+    assert one(sidecar_of(pod)["env"], "KEYBRAKE_NODE")["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert "keybrake-secrets" not in [mount["name"] for mount in main["volumeMounts"]]
+    assert "LEDGER" not in str(main["env"])
+    # Two pods of a set are never there under one name; a volume that they shared would keep the second one out.
+    assert not [volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
+
+
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_kubernetes_knows_every_field_of_a_plain_manifest(name: str) -> None:
     manifests = plain(name)
@@ -234,6 +277,7 @@ def test_an_example_that_was_not_filled_in_is_no_key() -> None:
     # As `keybrake serve` judges them: what a Stripe key consists of, and how long an admin key is.
     assert not re.fullmatch(r"[rs]k_(test|live)_[A-Za-z0-9_]+", given["stripe-secret-key"])
     assert len(given["admin-key"]) < 32
+    assert not re.match(r"postgres(ql)?://", one_manifest("Secret", "keybrake-ledger")["stringData"]["ledger-url"])
     issuer = one_manifest("Secret", "keybrake-issuer")["stringData"]
     with pytest.raises(ValueError):
         base64.b64decode(issuer["issuer-key-base64"], validate=True)
