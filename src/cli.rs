@@ -5,6 +5,7 @@ pub mod client;
 pub mod doctor;
 mod explain;
 mod grants;
+mod ledger;
 mod log;
 mod operator;
 pub mod output;
@@ -20,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::cli::client::Client;
 use crate::cli::grants::{Issuers, Keys, issuers, keys};
+use crate::cli::ledger::{Ledger, ledger};
 use crate::cli::log::{Audit, audit};
 use crate::cli::operator::Resolve;
 use crate::cli::output::{complain, fields, line, table};
@@ -82,6 +84,13 @@ enum Command {
         command: Audit,
         #[command(flatten)]
         target: Target,
+    },
+    /// A ledger that no sidecar has open: from a file into PostgreSQL
+    Ledger {
+        #[command(subcommand)]
+        command: Ledger,
+        #[command(flatten)]
+        json: Json,
     },
     /// Check configuration, certificate, disk, ledger, collector and Stripe, and say what to mend
     Doctor(Doctor),
@@ -212,7 +221,7 @@ fn variables_help() -> String {
         rows.join("\n")
     };
     format!(
-        "Environment of `serve` and `doctor`:\n{}\n\nEnvironment of `collect`, which reads KEYBRAKE_TLS…, \
+        "Environment of `serve`, `doctor` and `ledger`:\n{}\n\nEnvironment of `collect`, which reads KEYBRAKE_TLS…, \
          KEYBRAKE_CA_OUT, KEYBRAKE_DRAIN_MS and KEYBRAKE_LOG… too:\n{}\n\nEnvironment of the other commands:\n{}\n\n\
          Exit codes: 0 done, 1 failed, 64 bad usage or configuration.",
         show(VARIABLES),
@@ -233,6 +242,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Holds { command, target } => holds(command, &target).await,
         Command::Calls { command, target } => calls(command, &target).await,
         Command::Audit { command, target } => audit(command, &target).await,
+        Command::Ledger { command, json } => ledger(command, json).await,
     };
     match result {
         Ok(code) => code,

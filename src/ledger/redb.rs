@@ -2,6 +2,7 @@
 //! the file takes it in later. What a reader sees is both.
 
 pub(super) mod batch;
+pub(crate) mod stopped;
 pub(crate) mod upkeep;
 pub(crate) mod view;
 mod wal;
@@ -440,8 +441,18 @@ fn sync_folder_of(path: &Path) -> std::io::Result<()> {
 /// [`LedgerError::Locked`] while a sidecar runs on it, or whatever keeps it from being used.
 pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
     let db = journal::database().open(path)?;
-    let txn = db.begin_read()?;
-    let table = txn.open_table(META.definition)?;
+    let (format, changes) = stored_and_left(&db, path)?;
+    if let Change::Put(binding) = changes.get(&META, meta::BINDING.as_bytes()) {
+        return Ok((format, row::decode(binding)?));
+    }
+    let table = db.begin_read()?.open_table(META.definition)?;
+    let binding = table.get(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))?;
+    Ok((format, row::decode(binding.value())?))
+}
+
+/// The format of a file, and what its write-ahead log has more than itself.
+fn stored_and_left(db: &Database, path: &Path) -> Result<(u32, Changes), LedgerError> {
+    let table = db.begin_read()?.open_table(META.definition)?;
     let format: u32 = match table.get(meta::FORMAT)? {
         Some(bytes) => row::decode(bytes.value())?,
         None => return Err(LedgerError::Corrupt("ledger")),
@@ -449,17 +460,14 @@ pub fn inspect(path: &Path) -> Result<(u32, BindingRow), LedgerError> {
     if format > FORMAT_OPEN {
         return Err(LedgerError::NewerFormat { found: format, known: FORMAT_OPEN });
     }
-    if format == FORMAT_OPEN {
-        let row = table.get(meta::WAL)?.map(|bytes| row::decode(bytes.value())).transpose()?;
-        let file = std::fs::File::open(wal_path(path))
-            .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", wal_path(path).display())))?;
-        let (_, changes) = left_in(&FileBackend::new(file)?, row.as_ref())?;
-        if let Change::Put(binding) = changes.get(&META, meta::BINDING.as_bytes()) {
-            return Ok((format, row::decode(binding)?));
-        }
+    if format < FORMAT_OPEN {
+        return Ok((format, Changes::default()));
     }
-    let binding = table.get(meta::BINDING)?.ok_or(LedgerError::Corrupt("binding"))?;
-    Ok((format, row::decode(binding.value())?))
+    let row = table.get(meta::WAL)?.map(|bytes| row::decode(bytes.value())).transpose()?;
+    let file = std::fs::File::open(wal_path(path))
+        .map_err(|error| LedgerError::Unavailable(format!("{}: {error}", wal_path(path).display())))?;
+    let (_, changes) = left_in(&FileBackend::new(file)?, row.as_ref())?;
+    Ok((format, changes))
 }
 
 /// Makes the file before the store does, for the owner alone: it holds personal data.

@@ -32,6 +32,7 @@ use crate::hold::{Lane, Subject};
 use crate::journal;
 use crate::ledger::LedgerError;
 use crate::ledger::changes::Changes;
+use crate::ledger::source::{Order, Source};
 use crate::time::Day;
 
 /// The version of all values written by this build.
@@ -115,6 +116,19 @@ fn lock_of_subject(id: &[u8; 16]) -> Lock {
     Lock::Always(lock_of(0, &[id]))
 }
 
+/// A row as it is stored.
+#[expect(
+    clippy::needless_pass_by_value,
+    clippy::unnecessary_wraps,
+    reason = "what a source wants of who reads it"
+)]
+fn bytes_of<K: Key, V: redb::Value>(
+    key: K::SelfType<'_>,
+    value: V::SelfType<'_>,
+) -> Result<(Vec<u8>, Vec<u8>), LedgerError> {
+    Ok((K::as_bytes(&key).as_ref().to_vec(), V::as_bytes(&value).as_ref().to_vec()))
+}
+
 macro_rules! tables {
     ($($constant:ident = $number:literal, $field:ident: $key:ty => $value:ty, $definition:expr, $lock:expr;)*) => {
         $(pub(crate) const $constant: Table<$key, $value> =
@@ -129,6 +143,18 @@ macro_rules! tables {
         /// All tables of one snapshot.
         pub(crate) struct Tables {
             $($field: ReadOnlyTable<$key, $value>,)*
+        }
+
+        /// Goes through the rows of all tables, as bytes, by the number of their table.
+        pub(crate) fn each_row(
+            source: Source<'_>,
+            mut each: impl FnMut(usize, Vec<u8>, Vec<u8>) -> Result<(), LedgerError>,
+        ) -> Result<(), LedgerError> {
+            $(for row in source.range(&$constant, all(), Order::Ascending, None, bytes_of::<$key, $value>)? {
+                let (key, value) = row?;
+                each($number, key, value)?;
+            })*
+            Ok(())
         }
 
         impl Tables {

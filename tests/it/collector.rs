@@ -27,7 +27,7 @@ fn token(node: &str) -> String {
 
 /// Where a collector keeps its records.
 #[derive(Clone, Copy)]
-enum Kept {
+pub(crate) enum Kept {
     /// In a file of its own.
     File,
     /// In a schema of its own in this database.
@@ -42,7 +42,7 @@ impl Kept {
 }
 
 /// A collector for some nodes, and what it has.
-struct Collector {
+pub(crate) struct Collector {
     process: Sidecar,
     dir: tempfile::TempDir,
     schema: Option<Arc<Schema<'static>>>,
@@ -50,7 +50,7 @@ struct Collector {
 
 impl Collector {
     /// Without TLS.
-    async fn start(kept: Kept, nodes: &[&str]) -> Self {
+    pub(crate) async fn start(kept: Kept, nodes: &[&str]) -> Self {
         Self::start_with("off", nodes, schema_of(kept), &[]).await
     }
 
@@ -125,14 +125,14 @@ impl Collector {
     }
 
     /// What it says of a node.
-    async fn node(&self, node: &str) -> Value {
+    pub(crate) async fn node(&self, node: &str) -> Value {
         let reply = self.get("/audit/nodes").await;
         assert_eq!(reply.status, 200, "{}", reply.text);
         let all = reply.body["data"].as_array().unwrap();
         all.iter().find(|one| one["node"] == node).cloned().unwrap_or_default()
     }
 
-    async fn is_whole(&self) -> bool {
+    pub(crate) async fn is_whole(&self) -> bool {
         let verdict = self.get("/audit/verify").await;
         assert_eq!(verdict.status, 200, "{}", verdict.text);
         verdict.body["whole"] == true
@@ -145,7 +145,7 @@ impl Collector {
         sidecar
     }
 
-    fn env_of(&self, node: &str, standin: &Standin, data: &Path) -> BTreeMap<String, String> {
+    pub(crate) fn env_of(&self, node: &str, standin: &Standin, data: &Path) -> BTreeMap<String, String> {
         let mut env = environment(standin.addr(), data);
         env.insert("KEYBRAKE_NODE".to_owned(), node.to_owned());
         env.insert("KEYBRAKE_COLLECTOR_URL".to_owned(), self.process.base.clone());
@@ -154,7 +154,7 @@ impl Collector {
     }
 
     /// Waits until it holds everything that a sidecar has written.
-    async fn has_all_of(&self, sidecar: &Sidecar, node: &str) {
+    pub(crate) async fn has_all_of(&self, sidecar: &Sidecar, node: &str) {
         let since = Instant::now();
         loop {
             let own = sidecar.admin("GET", "/audit/verify", None).await.body;

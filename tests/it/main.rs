@@ -44,6 +44,8 @@ mod fuzz;
 #[cfg(test)]
 mod grants;
 #[cfg(test)]
+mod import;
+#[cfg(test)]
 mod kill;
 #[cfg(test)]
 mod ledger;

@@ -73,7 +73,7 @@ pub(super) struct Own(pub(super) [u8; 16]);
 
 impl Own {
     /// A row's key in the database.
-    fn stored(&self, table: usize, key: &[u8]) -> Vec<u8> {
+    pub(super) fn stored(&self, table: usize, key: &[u8]) -> Vec<u8> {
         if table == usize::from(AUDIT.number) {
             return [self.0.as_slice(), &turned(table, key)].concat();
         }

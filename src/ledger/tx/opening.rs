@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::audit::Event;
 use crate::hold::{Hold, HoldState};
 use crate::id::{BootId, HoldId, LedgerId};
-use crate::ledger::row::{self, BindingRow, ChainRow, FORMAT_CLOSED, HOLDS, live_holds, meta};
+use crate::ledger::row::{self, BindingRow, ChainRow, FORMAT_CLOSED, HOLDS, META, live_holds, meta};
 use crate::ledger::rules::resolve;
 use crate::ledger::tx::Tx;
 use crate::ledger::{LedgerError, Opening, entry};
@@ -74,6 +74,27 @@ impl Tx<'_> {
             self.append(&entry::of_admin(now, Event::ChainStarted, "keybrake", None, detail))?;
         }
         Ok(())
+    }
+
+    /// What a start does, and what makes a file's rows those of one sidecar of many: its chain has a row of its own, and
+    /// what only a file says of itself goes. Answers how many doubts it made.
+    pub(in crate::ledger) fn move_out(
+        &mut self,
+        opening: &Opening,
+        now: UnixMs,
+    ) -> Result<usize, LedgerError> {
+        self.check_mode(opening)?;
+        self.note_clock(now, opening.clock.now())?;
+        let is_sent = |hold: &&Hold| matches!(hold.state, HoldState::Sending { .. });
+        let doubts = self.live_holds()?.iter().filter(is_sent).count();
+        self.doubt_orphans(opening.boot, now)?;
+        if self.meta::<ChainRow>(meta::CHAIN)?.is_none() {
+            let id = self.ledger_id()?;
+            self.put_meta(meta::CHAIN, &ChainRow { id, base: 0 });
+        }
+        self.remove(&META, &meta::FORMAT);
+        self.remove(&META, &meta::WAL);
+        Ok(doubts)
     }
 
     /// Doubts what runs of the process that are gone were sending, so many at most. Answers how many there were.
