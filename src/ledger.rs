@@ -27,6 +27,7 @@ pub(crate) mod tx;
 pub mod writer;
 
 pub use held::{Admitted, Held, Sending};
+pub use postgres::fleet::{Fleet, Run, look as look_at_fleet};
 pub use postgres::import::{ImportError, Imported, import};
 
 use std::path::Path;

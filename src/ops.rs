@@ -22,8 +22,8 @@ use crate::ship::Progress;
 pub struct Ops {
     /// The ledger.
     pub ledger: Ledger,
-    /// Where its files are.
-    pub data_dir: PathBuf,
+    /// Where its files are; `None` where it is in a database.
+    pub data_dir: Option<PathBuf>,
     /// The account.
     pub account: Arc<AccountState>,
     /// The clock's watch.
@@ -115,7 +115,7 @@ impl Ops {
             (
                 "keybrake_ledger_bytes",
                 "What the files of the ledger take",
-                disk::ledger_bytes(&self.data_dir).ok(),
+                self.data_dir.as_deref().and_then(|dir| disk::ledger_bytes(dir).ok()),
             ),
             (
                 "keybrake_audit_records",

@@ -220,7 +220,7 @@ async fn build(config: &Config) -> Result<Sidecar, Stopped> {
     let shipping = config.collector.as_ref().map(|_| Arc::new(Progress::default()));
     let ops = Arc::new(Ops {
         ledger: ledger.clone(),
-        data_dir: config.data_dir.clone(),
+        data_dir: config.ledger.is_none().then(|| config.data_dir.clone()),
         account: Arc::clone(&account),
         clock: watch,
         shipping,

@@ -1,5 +1,7 @@
 //! `doctor` and `health`: is the sidecar able to do its work, and what has to be mended if not.
 
+mod database;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -65,18 +67,28 @@ pub async fn run(json: bool) -> ExitCode {
     };
     let mut findings = vec![finding("configuration", Verdict::Good, "every setting can be read")];
     findings.extend(certificate(&config));
-    findings.push(disk(&config.data_dir, config.collector.is_some()));
-    findings.push(ledger(&config));
-    findings.extend(size(&config));
+    if let Some(target) = &config.ledger {
+        findings.push(disk(&config.data_dir, Kept::Tls));
+        findings.extend(database::findings(&config, target).await);
+    } else {
+        let kept = if config.collector.is_some() { Kept::Shipped } else { Kept::Alone };
+        findings.push(disk(&config.data_dir, kept));
+        findings.push(ledger(&config));
+        findings.extend(size(&config));
+    }
     findings.push(rates(&config));
     findings.push(stripe(&config).await);
     findings.push(collector(&config).await);
     findings.extend(running().await);
-    findings.push(finding(
-        "topology",
-        Verdict::Note,
-        "keys, caps, memory and audit are this sidecar's own; workers that do not share it share only Stripe's 24 hours",
-    ));
+    let topology = match &config.ledger {
+        Some(_) => {
+            "keys, caps and memory are those of all sidecars on this schema; each has an audit log of its own"
+        }
+        None => {
+            "keys, caps, memory and audit are this sidecar's own; workers that do not share it share only Stripe's 24 hours"
+        }
+    };
+    findings.push(finding("topology", Verdict::Note, topology));
     let bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
     if json {
         let rows: Vec<Value> = findings
@@ -115,8 +127,19 @@ fn certificate(config: &Config) -> Vec<Finding> {
     vec![finding("certificate", told.0, told.1)]
 }
 
-/// The directory of the ledger: there, writable, and on something that outlives a restart.
-fn disk(data_dir: &Path, has_collector: bool) -> Finding {
+/// What a directory holds, by what its loss would mean.
+#[derive(Clone, Copy)]
+enum Kept {
+    /// The ledger, and nobody else has any of it.
+    Alone,
+    /// The ledger, whose records a collector has.
+    Shipped,
+    /// Only what belongs to TLS.
+    Tls,
+}
+
+/// The directory of the sidecar: there, writable, and on something that outlives a restart.
+fn disk(data_dir: &Path, kept: Kept) -> Finding {
     if !data_dir.exists() {
         return finding("disk", Verdict::Note, format!("{} is made at the first start", data_dir.display()));
     }
@@ -128,10 +151,13 @@ fn disk(data_dir: &Path, has_collector: bool) -> Finding {
     let shown = data_dir.display();
     match disk::kind_of(data_dir) {
         Some(kind) if disk::is_fleeting(&kind) => {
-            // With a collector the records outlive it, and the loss is seen. The memory of charges does not.
-            let verdict = if has_collector { Verdict::Note } else { Verdict::Bad };
-            let told = format!("{shown} is on {kind}: the ledger is lost with the container; mount a volume");
-            finding("disk", verdict, told)
+            let (verdict, lost) = match kept {
+                Kept::Alone => (Verdict::Bad, "the ledger is lost with the container; mount a volume"),
+                // Its records outlive it, and the loss is seen. The memory of charges does not.
+                Kept::Shipped => (Verdict::Note, "the ledger is lost with the container; mount a volume"),
+                Kept::Tls => (Verdict::Note, "an own CA is lost with the container"),
+            };
+            finding("disk", verdict, format!("{shown} is on {kind}: {lost}"))
         }
         Some(kind) => finding("disk", Verdict::Good, format!("{shown} is writable, on {kind}")),
         None => finding("disk", Verdict::Good, format!("{shown} is writable")),

@@ -9,6 +9,7 @@
 //! - Time is the database's.
 //! - While the database cannot be used, nothing is admitted; when it is back, everything goes on by itself.
 
+pub(in crate::ledger) mod fleet;
 pub(in crate::ledger) mod import;
 mod session;
 mod writer;

@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::postgres::{self, Server};
 use crate::standin::faults::Fault;
 use crate::standin::{Options, Standin};
-use crate::support::{Sidecar, environment};
+use crate::support::{PATIENCE, Sidecar, client, environment, free_port, run};
 
 /// Sidecars with a ledger together, in front of one stand-in.
 struct Fleet {
     standin: Standin,
     sidecars: Vec<Sidecar>,
-    _dirs: Vec<tempfile::TempDir>,
+    dirs: Vec<tempfile::TempDir>,
 }
 
 impl Fleet {
@@ -33,7 +33,7 @@ impl Fleet {
         for sidecar in &mut sidecars {
             sidecar.ready().await;
         }
-        Self { standin, sidecars, _dirs: dirs }
+        Self { standin, sidecars, dirs }
     }
 }
 
@@ -97,4 +97,80 @@ async fn a_database_that_is_gone_admits_nothing_and_is_used_again_when_it_is_bac
         }
     }
     assert_eq!(fleet.standin.executed().len(), 2);
+}
+
+/// What the doctor says of one thing: its verdict and its words; and how it ended.
+fn doctor(env: &std::collections::BTreeMap<String, String>, check: &str) -> (i32, String, String) {
+    let (code, told, complaint) = run(env, &["doctor", "--json"]);
+    let told: Value = serde_json::from_str(&told).unwrap_or_else(|_| panic!("{told}{complaint}"));
+    let found = told["findings"].as_array().unwrap().iter().find(|one| one["check"] == check);
+    let text = |field: &str| found.map_or("", |one| one[field].as_str().unwrap()).to_owned();
+    (code, text("verdict"), text("told"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_tells_how_the_fleet_is() {
+    let Some(server) = postgres::server() else { return };
+    let mut fleet = Fleet::of(server, "doctor", 2).await;
+    let env = fleet.sidecars[0].env().clone();
+    let schema = env["KEYBRAKE_LEDGER_SCHEMA"].clone();
+    let told = |check: &str| doctor(&env, check);
+    let is = |check: &str, verdict: &str, words: &str| {
+        let (code, found, told) = doctor(&env, check);
+        assert_eq!((code, found.as_str()), (i32::from(verdict == "BAD"), verdict), "{check}: {told}");
+        assert!(told.contains(words), "{check}: {told}");
+    };
+    is("database", "note", &format!("schema {schema} answers, not encrypted"));
+    is("ledger", "ok", "test mode, acct_standin0000001");
+    is("sidecars", "ok", "2 of 2 live: node-");
+    is("doubts", "ok", "0 in doubt");
+    is("connections", "ok", " in use (max_connections)");
+    is("topology", "note", "of all sidecars on this schema");
+    assert_eq!((told("size").1, told("file").1), (String::new(), String::new()), "there is no file");
+    let metrics = client().get(format!("{}/metrics", fleet.sidecars[0].ops)).send().await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    assert!(metrics.contains("keybrake_audit_records ") && !metrics.contains("keybrake_ledger_bytes"));
+
+    // One that dies while it sends; nobody is left to see that.
+    let (key, _) = fleet.sidecars[1].mint("5.00", json!({})).await;
+    fleet.standin.fault(Fault::HoldAfter);
+    let (http, base) = (client(), fleet.sidecars[1].base.clone());
+    let body = "amount=100&currency=usd&customer=cus_1&source=tok_visa";
+    let request = http.post(format!("{base}/v1/charges")).bearer_auth(&key).header("idempotency-key", "one");
+    let request = request.header("content-type", "application/x-www-form-urlencoded").body(body);
+    tokio::spawn(request.send());
+    let since = tokio::time::Instant::now();
+    while fleet.standin.executed().is_empty() {
+        assert!(since.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    fleet.sidecars.iter_mut().for_each(Sidecar::kill);
+    fleet.standin.release();
+    let long_ago = format!(
+        "UPDATE {schema}.boots SET seen = seen - interval '100 s';
+         UPDATE {schema}.boots SET fenced = true WHERE node = 'node-1'"
+    );
+    server.sql(&long_ago).await;
+    is("sidecars", "note", "0 of 2 live: ");
+    let (_, _, silent) = told("sidecars");
+    assert!(silent.contains("node-1 (heartbeat 10") && silent.contains(" s ago, fenced)"), "{silent}");
+    is("doubts", "note", "0 in doubt; 1 being sent by sidecars that are gone");
+    std::fs::write(fleet.dirs[0].path().join("keybrake.redb"), "").unwrap();
+    is("file", "note", "`keybrake ledger import` takes it over");
+
+    let with = |name: &str, value: &str| {
+        let mut env = env.clone();
+        env.insert(format!("KEYBRAKE_{name}"), value.to_owned());
+        env
+    };
+    let (code, verdict, told) = doctor(&with("LEDGER_SCHEMA", "made_by_nobody"), "ledger");
+    assert_eq!((code, verdict.as_str()), (0, "note"), "{told}");
+    let nowhere = format!("postgres://u:HUSH@127.0.0.1:{}/x", free_port());
+    let (code, verdict, told) = doctor(&with("LEDGER_URL", &nowhere), "database");
+    assert!(code == 1 && verdict == "BAD" && told.contains("refused") && !told.contains("HUSH"), "{told}");
+    let (code, verdict, told) =
+        doctor(&with("STRIPE_SECRET_KEY", "sk_live_standin0000000000000001"), "ledger");
+    assert!(code == 1 && verdict == "BAD" && told.contains("belongs to test mode"), "{told}");
+    server.sql(&format!("UPDATE {schema}.migrations SET version = 99")).await;
+    is("ledger", "BAD", "the schema is of version 99");
 }
