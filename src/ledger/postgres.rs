@@ -156,7 +156,7 @@ async fn to_its_end(work: impl Future<Output = ()>) -> Result<(), ()> {
 async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
     let fresh = *opening.fresh_id.as_bytes();
     let registered = session::register(&target, &opening.node, fresh, opening.boot, None).await;
-    let Some(own) = registered.map_err(|error| unavailable(&error))? else {
+    let Some(own) = registered.map_err(unavailable)? else {
         return Err(LedgerError::Locked);
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -297,7 +297,7 @@ impl PostgresStore {
                 Ok(Ok(())) => Ok(loaded),
                 Ok(Err(error)) => {
                     store.reads.lock().await.session = None;
-                    Err(unavailable(&error))
+                    Err(unavailable(error))
                 }
                 Err(_) => {
                     store.reads.lock().await.session = None;
@@ -326,7 +326,7 @@ impl PostgresStore {
                 Ok(session)
             }
             Err(error) => {
-                let error = unavailable(&error);
+                let error = unavailable(error);
                 reads.failed = Some((Instant::now(), error.clone()));
                 Err(error)
             }

@@ -91,7 +91,7 @@ type Work<'w> = &'w mut dyn FnMut(&Around<'_>, &mut Tx<'_>, UnixMs) -> Result<()
 impl Writer {
     /// Opens the ledger: makes its schema and first rows, and doubts what earlier runs of this sidecar were sending.
     pub(super) async fn open(store: Arc<PostgresStore>, opening: Opening) -> Result<Self, LedgerError> {
-        let session = Session::open(&store.target, store.own).await.map_err(|error| unavailable(&error))?;
+        let session = Session::open(&store.target, store.own).await.map_err(unavailable)?;
         let mut writer = Self {
             store,
             opening,
@@ -504,11 +504,12 @@ fn is_outcome(command: &Command) -> bool {
     matches!(command, Command::Resolve { .. } | Command::Note { .. })
 }
 
-pub(super) fn unavailable(error: &DatabaseError) -> LedgerError {
+#[expect(clippy::needless_pass_by_value, reason = "as `map_err` gives it")]
+pub(super) fn unavailable(error: DatabaseError) -> LedgerError {
     match error {
         DatabaseError::Newer { found, known, .. } => LedgerError::NewerFormat {
-            found: u32::try_from(*found).unwrap_or(u32::MAX),
-            known: u32::try_from(*known).unwrap_or(u32::MAX),
+            found: u32::try_from(found).unwrap_or(u32::MAX),
+            known: u32::try_from(known).unwrap_or(u32::MAX),
         },
         DatabaseError::Unavailable(_) | DatabaseError::Refused(_) | DatabaseError::Failed { .. } => {
             LedgerError::Unavailable(error.to_string())
