@@ -14,7 +14,7 @@ pub(in crate::ledger) mod import;
 mod session;
 mod writer;
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -59,8 +59,9 @@ pub(crate) struct PostgresStore {
     latch: Mutex<Option<String>>,
     /// Why nothing can be written just now.
     trouble: Mutex<Option<String>>,
-    /// How far the database's clock is ahead of the machine's, in milliseconds.
-    ahead: AtomicI64,
+    /// What the database's clock showed, and when that was heard. The machine's clock is not asked: it may be wrong, or be
+    /// set while the process runs.
+    heard: Mutex<(Instant, UnixMs)>,
     /// Whether this sidecar is the one that looks for what became of doubts.
     leads: AtomicBool,
     /// The highest time that was ever used.
@@ -156,7 +157,7 @@ async fn to_its_end(work: impl Future<Output = ()>) -> Result<(), ()> {
 async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
     let fresh = *opening.fresh_id.as_bytes();
     let registered = session::register(&target, &opening.node, fresh, opening.boot, None).await;
-    let Some(own) = registered.map_err(unavailable)? else {
+    let Some((own, at)) = registered.map_err(unavailable)? else {
         return Err(LedgerError::Locked);
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -171,7 +172,7 @@ async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, 
         boot: Mutex::new(opening.boot),
         latch: Mutex::default(),
         trouble: Mutex::default(),
-        ahead: AtomicI64::new(0),
+        heard: Mutex::new((Instant::now(), at)),
         leads: AtomicBool::new(false),
         mark: Arc::default(),
         clock: opening.clock.clone(),
@@ -240,10 +241,15 @@ impl PostgresStore {
         *locked(&self.trouble) = trouble;
     }
 
-    /// The clock of all: the machine's, moved to where the database's is.
+    /// The clock of all: the database's.
     fn wall(&self) -> UnixMs {
-        let ahead = self.ahead.load(Ordering::SeqCst);
-        UnixMs::from_millis(self.clock.now().millis().saturating_add_signed(ahead))
+        match self.clock {
+            Clock::System => {
+                let (since, at) = *locked(&self.heard);
+                at.plus_millis(u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX))
+            }
+            Clock::Manual(_) => self.clock.now(),
+        }
     }
 
     /// The time: never before one that was used already.
@@ -254,10 +260,7 @@ impl PostgresStore {
 
     /// What the database's clock shows.
     fn note_time(&self, at: UnixMs) {
-        let Clock::System = self.clock else { return };
-        let (there, here) = (at.millis(), self.clock.now().millis());
-        let ahead = i64::try_from(there.abs_diff(here)).unwrap_or(i64::MAX);
-        self.ahead.store(if there < here { -ahead } else { ahead }, Ordering::SeqCst);
+        *locked(&self.heard) = (Instant::now(), at);
     }
 
     /// Looks at the ledger, as often as rows have to be fetched for it.

@@ -1,9 +1,16 @@
 //! Several sidecars on one PostgreSQL: one ledger for all of them.
 
+mod boots;
+mod clocks;
+mod commits;
+pub(crate) mod proxy;
+
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
+use crate::fleet::proxy::Proxy;
 use crate::postgres::{self, Server};
 use crate::standin::faults::Fault;
 use crate::standin::{Options, Standin};
@@ -14,27 +21,63 @@ struct Fleet {
     standin: Standin,
     sidecars: Vec<Sidecar>,
     dirs: Vec<tempfile::TempDir>,
+    /// One before each, where they reach the database through such.
+    proxies: Vec<Proxy>,
 }
 
 impl Fleet {
     async fn of(server: &Server, what: &str, size: usize) -> Self {
+        Self::made(server, what, size, Vec::new(), |_| Vec::new()).await
+    }
+
+    /// The same, each of them through a proxy of its own.
+    async fn through_proxies(server: &Server, what: &str, size: usize) -> Self {
+        let mut proxies = Vec::new();
+        for _ in 0..size {
+            proxies.push(Proxy::before(server.url()).await);
+        }
+        Self::made(server, what, size, proxies, |_| Vec::new()).await
+    }
+
+    async fn made(
+        server: &Server,
+        what: &str,
+        size: usize,
+        proxies: Vec<Proxy>,
+        more: impl Fn(usize) -> Vec<(&'static str, String)>,
+    ) -> Self {
         let standin = Standin::start(Options::default());
         let schema = server.schema(what);
         let (mut sidecars, mut dirs) = (Vec::new(), Vec::new());
         for node in 0..size {
             let dir = tempfile::tempdir().unwrap();
             let mut env = environment(standin.addr(), dir.path());
-            env.insert("KEYBRAKE_LEDGER_URL".to_owned(), server.url().to_owned());
+            let url = proxies.get(node).map_or_else(|| server.url().to_owned(), |by| by.url(server.url()));
+            env.insert("KEYBRAKE_LEDGER_URL".to_owned(), url);
             env.insert("KEYBRAKE_LEDGER_SCHEMA".to_owned(), schema.name().to_owned());
             env.insert("KEYBRAKE_NODE".to_owned(), format!("node-{node}"));
+            env.extend(more(node).into_iter().map(|(name, value)| (name.to_owned(), value)));
             sidecars.push(Sidecar::spawn(env));
             dirs.push(dir);
         }
         for sidecar in &mut sidecars {
             sidecar.ready().await;
         }
-        Self { standin, sidecars, dirs }
+        Self { standin, sidecars, dirs, proxies }
     }
+}
+
+/// Asks until it is so; everything here has a reason to become so soon.
+async fn until(what: &str, is_so: impl AsyncFn() -> bool) {
+    let since = Instant::now();
+    while !is_so().await {
+        assert!(since.elapsed() < PATIENCE * 2, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn money(spent: &str, held: &str, doubt: &str) -> (String, String, String) {
+    (spent.to_owned(), held.to_owned(), doubt.to_owned())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,7 +182,7 @@ async fn the_doctor_tells_how_the_fleet_is() {
     let request = http.post(format!("{base}/v1/charges")).bearer_auth(&key).header("idempotency-key", "one");
     let request = request.header("content-type", "application/x-www-form-urlencoded").body(body);
     tokio::spawn(request.send());
-    let since = tokio::time::Instant::now();
+    let since = Instant::now();
     while fleet.standin.executed().is_empty() {
         assert!(since.elapsed() < PATIENCE);
         tokio::time::sleep(Duration::from_millis(10)).await;

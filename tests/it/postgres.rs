@@ -129,6 +129,11 @@ impl Server {
         Schema { server: self, name: format!("t{}_{n}_{what}", std::process::id()) }
     }
 
+    /// A schema that a test knows by its name already.
+    pub(crate) fn schema_of(&self, name: &str) -> Schema<'_> {
+        Schema { server: self, name: name.to_owned() }
+    }
+
     /// The URL of its database, over TCP. What is kept where there is said beside it, by the name of a schema.
     pub(crate) fn url(&self) -> &str {
         &self.url

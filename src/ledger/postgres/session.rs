@@ -7,6 +7,7 @@ use std::future::{Future, poll_fn};
 use std::ops::Bound;
 use std::pin::Pin;
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
@@ -46,6 +47,8 @@ pub(super) const STEPS: &[&str] = &["
 
 /// How long a sidecar may be silent until others take it for gone, in seconds.
 pub(super) const SILENCE_S: u32 = 15;
+/// How long one round trip may take, locks that are waited for included.
+const ANSWER: Duration = Duration::from_secs(8);
 /// How long a run of the process that is over is remembered, in hours.
 const BOOTS_KEPT_H: u32 = 48;
 
@@ -176,6 +179,12 @@ async fn all_of<T>(mut asked: Vec<Answered<'_, T>>) -> Vec<Result<T, tokio_postg
     .await
 }
 
+/// A peer that acknowledges all and says nothing would be waited for for ever.
+async fn in_time<T>(asked: impl Future<Output = Result<T, DatabaseError>>) -> Result<T, DatabaseError> {
+    let late = |_| DatabaseError::Unavailable("it gives no answer".to_owned());
+    tokio::time::timeout(ANSWER, asked).await.map_err(late)?
+}
+
 impl Session {
     /// Opens a session for a sidecar's rows.
     pub(super) async fn open(target: &Target, own: Own) -> Result<Self, DatabaseError> {
@@ -209,7 +218,8 @@ impl Session {
             ));
         }
         let asked = texts.iter().map(|text| Box::pin(connection.prepare(text)) as Answered<'_, Statement>);
-        let known: Result<Vec<Statement>, _> = all_of(asked.collect()).await.into_iter().collect();
+        let known = in_time(async { Ok(all_of(asked.collect()).await) }).await?;
+        let known: Result<Vec<Statement>, _> = known.into_iter().collect();
         let mut known = known?.into_iter();
         let gone = || DatabaseError::Unavailable("a statement was not prepared".to_owned());
         let mut next = || known.next().ok_or_else(gone);
@@ -238,7 +248,8 @@ impl Session {
             Box::pin(async { connection.query(&self.claim, &claims).await }),
             Box::pin(async { connection.query(&self.lock, &slots).await }),
         ];
-        let (claim, found) = both(all_of(asked), self.load(needs, loaded)).await;
+        let (claim, found) =
+            in_time(async { Ok(both(all_of(asked), self.load(needs, loaded)).await) }).await?;
         let mut claim = claim.into_iter();
         let mut next = || claim.next().unwrap_or_else(|| Ok(Vec::new()));
         next()?;
@@ -253,9 +264,8 @@ impl Session {
             self.rollback().await?;
         }
         if !locked && !fenced {
-            self.connection
-                .execute("INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING", &[&locks])
-                .await?;
+            let made = "INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING";
+            in_time(async { Ok(self.connection.execute(made, &[&locks]).await?) }).await?;
         }
         Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced, locked })
     }
@@ -290,7 +300,7 @@ impl Session {
             };
             asked.push(Box::pin(async move { self.connection.query(statement, &[from, to, limit]).await }));
         }
-        let mut answers = all_of(asked).await.into_iter();
+        let mut answers = in_time(async { Ok(all_of(asked).await) }).await?.into_iter();
         if asks_rows {
             let found = answers.next().transpose()?.unwrap_or_default();
             for (table, rows) in needs.rows.iter().enumerate() {
@@ -355,7 +365,10 @@ impl Session {
             async move { self.connection.execute(&self.beat, &[&boot, &batch]).await.map(drop) },
         ));
         asked.push(Box::pin(self.connection.batch_execute("COMMIT")));
-        let answers = all_of(asked).await;
+        let answers = match in_time(async { Ok(all_of(asked).await) }).await {
+            Ok(answers) => answers,
+            Err(error) => return Ended::Unknown(error),
+        };
         let mut ended = Ended::Held;
         for answer in answers {
             let Err(error) = answer else { continue };
@@ -376,16 +389,15 @@ impl Session {
     }
 
     pub(super) async fn rollback(&self) -> Result<(), DatabaseError> {
-        Ok(self.connection.batch_execute("ROLLBACK").await?)
+        in_time(async { Ok(self.connection.batch_execute("ROLLBACK").await?) }).await
     }
 
     /// Whether a batch holds. Its transaction is over when this is told: the lock of its run's row says so.
     pub(super) async fn holds(&self, boot: BootId, batch: i64) -> Result<bool, DatabaseError> {
         // Nothing else is begun: the lock is let go of when it is told.
-        let row = self
-            .connection
-            .query_opt("SELECT batch FROM boots WHERE boot = $1 FOR UPDATE", &[&boot.as_bytes().as_slice()])
-            .await?;
+        let asked = "SELECT batch FROM boots WHERE boot = $1 FOR UPDATE";
+        let boot = boot.as_bytes().as_slice();
+        let row = in_time(async { Ok(self.connection.query_opt(asked, &[&boot]).await?) }).await?;
         let lost = || DatabaseError::Unavailable("a run of the process is not known any more".to_owned());
         Ok(row.ok_or_else(lost)?.try_get::<_, i64>(0)? >= batch)
     }
@@ -393,6 +405,10 @@ impl Session {
     /// Says that this run of the process lives, and fences those that were silent for too long. Answers those that are
     /// fenced and may be sending still, by the ledger, and whether this one is the first of those that live.
     pub(super) async fn beat(&self, boot: BootId) -> Result<(Vec<BootId>, bool), DatabaseError> {
+        in_time(self.beat_and_fence(boot)).await
+    }
+
+    async fn beat_and_fence(&self, boot: BootId) -> Result<(Vec<BootId>, bool), DatabaseError> {
         let boot = boot.as_bytes().as_slice();
         self.connection
             .execute("UPDATE boots SET seen = clock_timestamp() WHERE boot = $1 AND NOT fenced", &[&boot])
@@ -417,14 +433,16 @@ impl Session {
     /// Notes that runs of the process have nothing more that they are sending, by the ledger.
     pub(super) async fn note_doubted(&self, gone: &[BootId]) -> Result<(), DatabaseError> {
         let gone: Vec<&[u8]> = gone.iter().map(|boot| boot.as_bytes().as_slice()).collect();
-        self.connection
-            .execute("UPDATE boots SET doubted = true WHERE boot = ANY($1::bytea[])", &[&gone])
-            .await?;
         let old = format!(
             "DELETE FROM boots WHERE doubted AND seen < clock_timestamp() - interval '{BOOTS_KEPT_H} hours'"
         );
-        self.connection.execute(&old, &[]).await?;
-        Ok(())
+        in_time(async {
+            let doubted = "UPDATE boots SET doubted = true WHERE boot = ANY($1::bytea[])";
+            self.connection.execute(doubted, &[&gone]).await?;
+            self.connection.execute(&old, &[]).await?;
+            Ok(())
+        })
+        .await
     }
 }
 
@@ -455,16 +473,27 @@ async fn both<A, B>(first: impl Future<Output = A>, second: impl Future<Output =
 }
 
 /// Makes the schema, and registers a run of the process under a node's name: earlier runs under it are fenced. One that
-/// comes back after it was fenced names the run that it was, and gets nothing when another took its place.
+/// comes back after it was fenced names the run that it was, and gets nothing when another took its place. Answers the
+/// database's clock too.
 pub(super) async fn register(
     target: &Target,
     node: &str,
     fresh: [u8; 16],
     boot: BootId,
     back_from: Option<BootId>,
-) -> Result<Option<Own>, DatabaseError> {
+) -> Result<Option<(Own, UnixMs)>, DatabaseError> {
     let mut connection = postgres::connect(target).await?;
     postgres::migrate(&mut connection, target.schema(), STEPS).await?;
+    in_time(register_in(&mut connection, node, fresh, boot, back_from)).await
+}
+
+async fn register_in(
+    connection: &mut Connection,
+    node: &str,
+    fresh: [u8; 16],
+    boot: BootId,
+    back_from: Option<BootId>,
+) -> Result<Option<(Own, UnixMs)>, DatabaseError> {
     let txn = connection.transaction().await?;
     let boot = boot.as_bytes().as_slice();
     txn.execute(
@@ -472,7 +501,14 @@ pub(super) async fn register(
         &[&node, &fresh.as_slice(), &boot],
     )
     .await?;
-    let row = txn.query_one("SELECT id, boot FROM sidecars WHERE node = $1 FOR UPDATE", &[&node]).await?;
+    let row = txn
+        .query_one(
+            "SELECT id, boot, (extract(epoch FROM clock_timestamp()) * 1000)::bigint FROM sidecars
+             WHERE node = $1 FOR UPDATE",
+            &[&node],
+        )
+        .await?;
+    let at = UnixMs::from_millis(u64::try_from(row.try_get::<_, i64>(2)?).unwrap_or(0));
     let (id, before): (&[u8], &[u8]) = (row.try_get(0)?, row.try_get(1)?);
     let odd = |_| DatabaseError::Unavailable("a sidecar has an id that is none".to_owned());
     let own = Own(id.try_into().map_err(odd)?);
@@ -490,7 +526,7 @@ pub(super) async fn register(
         .await?;
     txn.execute("UPDATE sidecars SET boot = $2 WHERE node = $1", &[&node, &boot]).await?;
     txn.commit().await?;
-    Ok(Some(own))
+    Ok(Some((own, at)))
 }
 
 #[cfg(test)]

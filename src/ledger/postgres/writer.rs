@@ -14,7 +14,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
-use crate::id::{BootId, Identity};
+use crate::id::BootId;
 use crate::ledger::changes::Changes;
 use crate::ledger::command::Command;
 use crate::ledger::execute::{Around, Unclaimed, Waiting, execute, refuse, refuse_all};
@@ -38,6 +38,8 @@ const KEPT_MAX: usize = 4_096;
 const LOOK_FOR: Duration = Duration::from_secs(3);
 /// The pause between two questions to a database that gives no answer.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// The time at the beginning of an id.
+const BOOT_TIME_BYTES: usize = 6;
 /// Holds of runs that are gone that one transaction doubts.
 const DOUBTED_AT_ONCE: usize = 100;
 
@@ -67,6 +69,8 @@ struct Unknown {
     boot: BootId,
     batch: i64,
     commands: Vec<Command>,
+    /// What each came to, should it hold.
+    came_to: Vec<Waiting>,
 }
 
 /// Commits batches. Owned by the writer thread.
@@ -140,14 +144,14 @@ impl Writer {
         if !unclaimed.is_empty() {
             self.commit_all(unclaimed.into_iter().map(Sending::was_not_sent).collect()).await;
         }
-        if ticks && self.session.is_some() {
+        if ticks && self.session.is_some() && self.unknown.is_none() {
             self.keep_up().await;
         }
     }
 
     /// Commits what is left when the process ends.
     pub(super) async fn close(&mut self) {
-        if !self.kept.is_empty() {
+        if !self.kept.is_empty() || self.unknown.is_some() {
             self.commit(Vec::new()).await;
         }
     }
@@ -157,16 +161,21 @@ impl Writer {
         if batch.is_empty() {
             return;
         }
-        match self.commit_once(&mut batch).await {
+        if let Some(unknown) = &self.unknown {
+            // A batch after it would speak for it.
+            let why = format!("whether a commit holds is not known: {}", unknown.batch);
+            self.put_off(batch, &why);
+            return;
+        }
+        let mut came_to = Vec::new();
+        match self.commit_once(&mut batch, &mut came_to).await {
             Ok(()) => self.store.note_trouble(None),
             Err(Trouble::Crowded | Trouble::Broken(_)) if batch.len() > 1 => {
                 for command in batch {
                     Box::pin(self.commit_all(vec![command])).await;
                 }
             }
-            Err(Trouble::Crowded) => {
-                refuse_all(&mut batch, &LedgerError::Unavailable("it is too crowded; try again".to_owned()));
-            }
+            Err(Trouble::Crowded) => self.put_off(batch, "it is too crowded; try again"),
             Err(Trouble::Broken(error)) => refuse_all(&mut batch, &error),
             Err(Trouble::Fenced) => {
                 let why = "this sidecar was taken for gone".to_owned();
@@ -191,24 +200,28 @@ impl Writer {
                         refuse(command, &LedgerError::Unavailable(why));
                     }
                 }
-                self.unknown = Some(Unknown { boot: self.opening.boot, batch: self.batch, commands: batch });
+                let (boot, number) = (self.opening.boot, self.batch);
+                self.unknown = Some(Unknown { boot, batch: number, commands: batch, came_to });
             }
         }
     }
 
-    async fn commit_once(&mut self, batch: &mut [Command]) -> Result<(), Trouble> {
-        let mut waiting: Vec<Waiting> = Vec::new();
+    async fn commit_once(
+        &mut self,
+        batch: &mut [Command],
+        came_to: &mut Vec<Waiting>,
+    ) -> Result<(), Trouble> {
         {
-            let (waiting, batch) = (&mut waiting, &mut *batch);
+            let (came_to, batch) = (&mut *came_to, &mut *batch);
             let mut work = move |around: &Around<'_>, tx: &mut Tx<'_>, now: UnixMs| {
-                waiting.clear();
+                came_to.clear();
                 let mut broken = Ok(());
                 for command in batch.iter_mut() {
                     match execute(around, tx, command, now) {
-                        Ok(answer) => waiting.push(answer),
+                        Ok(answer) => came_to.push(answer),
                         // All of them are looked at, so that all that is missing is known at once.
                         Err((answer, error)) => {
-                            waiting.push(answer);
+                            came_to.push(answer);
                             broken = Err(error);
                         }
                     }
@@ -217,7 +230,7 @@ impl Writer {
             };
             self.transact(&mut work).await?;
         }
-        for (command, answer) in batch.iter_mut().zip(waiting) {
+        for (command, answer) in batch.iter_mut().zip(came_to.drain(..)) {
             answer(command, None);
         }
         Ok(())
@@ -299,8 +312,10 @@ impl Writer {
             return Err(Trouble::Crowded);
         }
         self.store.note_time(begun.at);
+        // One moment for all rounds: what is due depends on it, and would have to be loaded anew for each.
+        let now = self.store.now();
         for _ in 0..ROUNDS_MAX {
-            let done = self.run(&loaded, self.store.now(), work);
+            let done = self.run(&loaded, now, work);
             let more = loaded.take_needs();
             let Some(session) = &self.session else { return Err(Trouble::Down("no session".to_owned())) };
             if more.is_empty() {
@@ -378,50 +393,25 @@ impl Writer {
         Ok(holds)
     }
 
-    /// Finds out what became of a batch that nobody knows of. What does not hold comes first in the next one.
+    /// Finds out what became of a batch that nobody knows of. What does not hold comes first in the next one; and so does
+    /// the end of what was let through for somebody who was told meanwhile that nobody knows: nothing of it was sent.
     async fn settle_unknown(&mut self) -> Result<(), String> {
-        let Some(unknown) = self.unknown.take() else { return Ok(()) };
-        match self.ask_whether(unknown.boot, unknown.batch).await {
+        let Some(mut unknown) = self.unknown.take() else { return Ok(()) };
+        let first: Vec<Command> = match self.ask_whether(unknown.boot, unknown.batch).await {
             Ok(true) => {
-                // They were let through, and whoever asked was told that nobody knows: nothing was sent.
-                let unsent: Vec<Identity> = unknown
-                    .commands
-                    .iter()
-                    .filter_map(|command| {
-                        let Command::Admit { admit, .. } = command else { return None };
-                        Some(admit.intent.identity)
-                    })
-                    .collect();
-                let boot = unknown.boot;
-                let taken_back = self
-                    .transact(&mut |_, tx, now| {
-                        unsent.iter().try_for_each(|identity| tx.take_back(identity, boot, now))
-                    })
-                    .await;
-                if let Err(trouble) = taken_back {
-                    self.unknown = Some(unknown);
-                    return Err(told(trouble).to_string());
+                for (command, answer) in unknown.commands.iter_mut().zip(unknown.came_to) {
+                    answer(command, None);
                 }
-                for mut command in unknown.commands {
-                    if let Command::Resolve { reply, .. } = &mut command {
-                        drop(reply.tell(Ok(())));
-                    } else if let Command::Note { ticket, .. } = &mut command
-                        && let Some(ticket) = ticket.take()
-                    {
-                        ticket.settle();
-                    }
-                }
-                Ok(())
+                self.unclaimed.take().into_iter().map(Sending::was_not_sent).collect()
             }
-            Ok(false) => {
-                self.kept.extend(unknown.commands.into_iter().filter(is_outcome));
-                Ok(())
-            }
+            Ok(false) => unknown.commands.into_iter().filter(is_outcome).collect(),
             Err(error) => {
                 self.unknown = Some(unknown);
-                Err(error.to_string())
+                return Err(error.to_string());
             }
-        }
+        };
+        first.into_iter().rev().for_each(|command| self.kept.push_front(command));
+        Ok(())
     }
 
     /// Refuses what can be refused, and keeps what calls came to.
@@ -440,9 +430,10 @@ impl Writer {
     /// them is taken all the same.
     async fn come_back(&mut self) -> Result<(), Trouble> {
         let fenced = self.opening.boot;
-        let digest: [u8; 32] = Sha256::digest(fenced.as_bytes()).into();
-        let random = digest.first_chunk().copied().unwrap_or_default();
-        let boot = BootId::new(self.store.now(), random);
+        // Always the same one: where the answer to a registration was lost, it is known again.
+        let (mut next, digest) = (*fenced.as_bytes(), Sha256::digest(fenced.as_bytes()));
+        next.iter_mut().skip(BOOT_TIME_BYTES).zip(digest).for_each(|(byte, new)| *byte = new);
+        let boot = BootId::from_bytes(next);
         let node = &self.opening.node;
         let registered =
             session::register(&self.store.target, node, self.store.own.0, boot, Some(fenced)).await?;
@@ -464,22 +455,25 @@ impl Writer {
     /// were sending.
     async fn keep_up(&mut self) {
         if let Err(trouble) = self.doubt_gone().await {
+            if let Trouble::Down(_) = trouble {
+                self.session = None;
+            }
             tracing::debug!(?trouble, "upkeep of the ledger came to nothing; it is tried again");
         }
     }
 
     async fn doubt_gone(&mut self) -> Result<(), Trouble> {
-        let boot = self.opening.boot;
         let Some(session) = &self.session else { return Ok(()) };
-        let (gone, leads) = session.beat(boot).await?;
+        let (gone, leads) = session.beat(self.opening.boot).await?;
         self.store.note_lead(leads);
         if gone.is_empty() {
             return Ok(());
         }
         loop {
             let mut doubted = 0;
-            self.transact(&mut |_, tx, now| {
-                doubted = tx.doubt_those_of(&gone, boot, DOUBTED_AT_ONCE, now)?;
+            // This run may itself be one of those that are gone, and another one by now.
+            self.transact(&mut |around, tx, now| {
+                doubted = tx.doubt_those_of(&gone, around.boot, DOUBTED_AT_ONCE, now)?;
                 Ok(())
             })
             .await?;

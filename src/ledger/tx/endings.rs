@@ -5,12 +5,12 @@ use serde_json::{Map, Value};
 use crate::audit::{Entry, Event};
 use crate::call::{Call, EXECUTED_KNOWN_MS};
 use crate::hold::{Hold, HoldState, Search};
-use crate::id::{BootId, CallId, HoldId, Identity};
+use crate::id::{CallId, HoldId};
 use crate::ledger::row::{self, HOLDS, PHASE_LIVE};
 use crate::ledger::rules::Effects;
 use crate::ledger::rules::resolve::{self, EndDoubt, InFlight};
 use crate::ledger::tx::Tx;
-use crate::ledger::{Actor, Ending, LedgerError, Sending, entry};
+use crate::ledger::{Actor, Ending, LedgerError, entry};
 use crate::time::UnixMs;
 
 impl Tx<'_> {
@@ -48,24 +48,6 @@ impl Tx<'_> {
         let Some(effects) = resolve::end_doubt(&state, end, now) else { return Ok(Ending::NotInDoubt) };
         self.write(&effects, now)?;
         Ok(Ending::Ended)
-    }
-
-    /// Takes back what a call holds that was let through for somebody who had been refused meanwhile: nothing was sent.
-    /// A call that was sent before is a doubt again.
-    pub(in crate::ledger) fn take_back(
-        &mut self,
-        identity: &Identity,
-        boot: BootId,
-        now: UnixMs,
-    ) -> Result<(), LedgerError> {
-        let Some(call) = self.call(identity)? else { return Ok(()) };
-        let Some(hold) = self.hold(call.hold_id)? else { return Ok(()) };
-        if hold.state != (HoldState::Sending { boot }) || hold.call_id != call.id {
-            return Ok(());
-        }
-        let sends = call.last_attempt().map_or(1, |attempt| attempt.sends);
-        let sending = Sending { hold_id: hold.id, call_id: call.id, sends };
-        self.resolve(sending, &sending.not_sent(), now)
     }
 
     /// Keeps what was looked for to end a doubt.

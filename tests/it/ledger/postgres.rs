@@ -1,12 +1,17 @@
-//! The ledger in a real PostgreSQL: what every store must do.
+//! The ledger in a real PostgreSQL: what every store must do, and what only becomes of a commit that nobody knows of.
 
 use std::sync::Arc;
 
-use keybrake::ledger::{Ledger, Opening};
+use keybrake::call::Outcome;
+use keybrake::hold::Lane;
+use keybrake::ledger::{Ledger, LedgerError, Opening};
+use keybrake::postgres::Target;
+use keybrake::tls;
 
+use crate::fleet::proxy::{AtCommit, Proxy};
 use crate::ledger::reads::wait;
 use crate::ledger::suite::conformance;
-use crate::ledger::world::{Place, World};
+use crate::ledger::world::{Ask, Place, World, usd};
 use crate::postgres;
 
 /// A schema of a test's own; `None` where there is no server.
@@ -36,4 +41,25 @@ async fn one_sidecar_at_a_time_looks_for_doubts() {
     first.restart();
     let (one, other) = lead(&first).await;
     assert!(one != other, "{one} {other}");
+}
+
+/// The same call is asked for once more while it is being sent, and the commit of that answer is not known of.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_being_sent_is_not_taken_back_with_what_nobody_had() {
+    let Some(server) = postgres::server() else { return };
+    let (proxy, schema) = (Proxy::before(server.url()).await, server.schema("ledger"));
+    let trust = tls::client_config(None).unwrap();
+    let target = Target::parse(&proxy.url(server.url()), None, schema.name(), trust).unwrap();
+    let world = World::new(Arc::new(move |opening| wait(Ledger::open_postgres(target.clone(), opening))));
+    let key = world.key("a", |_| ()).await;
+    let ask = Ask::charge("one", 500);
+    let held = world.held(key, &ask).await;
+    proxy.at_commit_then_down(AtCommit::LoseAnswer);
+    let again = world.admit(key, &ask).await;
+    assert!(matches!(again, Err(LedgerError::Unavailable(_))), "{again:?}");
+    proxy.set_down(false);
+    let settled = world.resolve(Outcome::Spent { minor: 500 }, &["ch_one"], Some(200));
+    world.ledger().resolve(held, settled).await.unwrap();
+    let counted = world.total(key, Lane::In);
+    assert_eq!((counted.spent, counted.held), (usd("5.00"), usd("0.00")));
 }
