@@ -35,6 +35,7 @@ test-long: export KEYBRAKE_TEST_FORMS ?= 50000
 test-long: export KEYBRAKE_TEST_HISTORIES ?= 10000
 test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: export KEYBRAKE_TEST_QUESTIONS ?= 20
+test-long: export KEYBRAKE_TEST_FLEET_ROUNDS ?= 10
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
 
 soak: ## an hour of 200 requests a second while Stripe fails, then what must be true (SOAK_SECONDS=3600, SOAK_RPS=200)

@@ -4,6 +4,7 @@ mod boots;
 mod clocks;
 mod commits;
 pub(crate) mod proxy;
+mod torture;
 
 use std::time::Duration;
 

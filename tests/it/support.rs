@@ -244,6 +244,31 @@ impl Sidecar {
 
     /// Starts it again on the same ledger, addresses and settings.
     pub(crate) async fn restart(&mut self) {
+        self.start_again();
+        self.ready().await;
+    }
+
+    /// The same where it may end again at once, because what it needs is not there yet.
+    pub(crate) async fn restart_until_it_stays(&mut self) {
+        let since = Instant::now();
+        loop {
+            let before = self.log();
+            self.start_again();
+            let is_ready = async |http: &reqwest::Client, ops: &str| {
+                http.get(format!("{ops}/readyz")).send().await.is_ok_and(|answer| answer.status() == 200)
+            };
+            while self.child.try_wait().unwrap().is_none() {
+                if is_ready(&self.http, &self.ops).await {
+                    return;
+                }
+                let told = || format!("{before}\nand then\n{}", self.log());
+                assert!(since.elapsed() < PATIENCE * 2, "the sidecar is not ready:\n{}", told());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
+    fn start_again(&mut self) {
         let mut again = Self::spawn_by(program(&self.env).arg(self.role), self.env.clone());
         again.role = self.role;
         again.dir = self.dir.take();
@@ -251,7 +276,6 @@ impl Sidecar {
             again.trusts(ca);
         }
         *self = again;
-        self.ready().await;
     }
 
     /// One request with a bearer.
