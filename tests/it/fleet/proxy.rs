@@ -132,6 +132,18 @@ impl Proxy {
     }
 }
 
+impl State {
+    /// What becomes of this COMMIT. Whoever forgets the next ones finds what this one does done.
+    fn next_commit(&self) -> Option<AtCommit> {
+        let mut commits = self.commits.lock().unwrap();
+        let (what, then_down) = commits.pop_front()?;
+        if then_down {
+            self.down.store(true, Ordering::SeqCst);
+        }
+        Some(what)
+    }
+}
+
 async fn pass(client: TcpStream, server: SocketAddr, state: &Arc<State>, number: u64) -> io::Result<()> {
     let server = TcpStream::connect(server).await?;
     for stream in [&client, &server] {
@@ -203,10 +215,10 @@ async fn questions(
         let mut at = 0;
         while let Some(message) = message(&kept[at..], has_begun) {
             if message == b"Q\0\0\0\x0bCOMMIT\0" {
-                let next = state.commits.lock().unwrap().pop_front();
-                if let Some((what, then_down)) = next {
+                let next = state.next_commit();
+                if let Some(what) = next {
                     to.write_all(&kept[..at]).await?;
-                    return at_commit(what, then_down, to, state, mute).await;
+                    return at_commit(what, to, state, mute).await;
                 }
             }
             has_begun = true;
@@ -219,14 +231,10 @@ async fn questions(
 
 async fn at_commit(
     what: AtCommit,
-    then_down: bool,
     mut to: OwnedWriteHalf,
     state: &Arc<State>,
     mute: &AtomicBool,
 ) -> io::Result<()> {
-    if then_down {
-        state.down.store(true, Ordering::SeqCst);
-    }
     match what {
         AtCommit::LoseAnswer => {
             mute.store(true, Ordering::SeqCst);
