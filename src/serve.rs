@@ -246,6 +246,14 @@ async fn open_ledger(config: &Config, clock: &Clock, now: UnixMs) -> Result<Ledg
             encrypted = target.is_encrypted(),
             "the ledger is in a database"
         );
+        let file = config.data_dir.join("keybrake.redb");
+        if file.exists() {
+            tracing::warn!(
+                file = %file.display(),
+                "there is a ledger file, which is not used with LEDGER_URL; `keybrake ledger import` takes one into a \
+                 schema in which no sidecar has started yet"
+            );
+        }
         return Ledger::open_postgres(target.clone(), opening).await;
     }
     if config.collector.is_none()

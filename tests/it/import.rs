@@ -295,6 +295,8 @@ async fn a_file_that_is_imported_twice_is_known() {
     assert!(code == 1 && complaint.contains("the two differ"), "{complaint}");
     assert_eq!(is_there(dir.path()), (true, false));
     assert_eq!(rows_of(&schema).await, before);
+    let sidecar = started(into).await;
+    assert!(sidecar.log().contains("there is a ledger file, which is not used"), "{}", sidecar.log());
 }
 
 /// When a connection is cut.
