@@ -50,9 +50,10 @@ e2e: ## the flows of kestra/ on the real Kestra engine, 1.3 and 2.0, with and wi
 fuzz: ## libFuzzer on what reads requests, FUZZ_SECONDS=60 for each of FUZZ_TARGETS; needs a C++ compiler
 	@sh tests/fuzz/run.sh
 
-bench: ## what a call costs, beside nginx (BENCH_ONLY, BENCH_PEERS=1) and in a ledger that grew (GROWTH_CALLS); audit; a collector
+bench: ## what a call costs, beside nginx (BENCH_ONLY, BENCH_PEERS=1) and in a ledger that grew (GROWTH_CALLS) or a fleet's; audit; a collector
 	cargo bench --locked --bench proxy
 	cargo bench --locked --bench growth
+	cargo bench --locked --bench fleet
 	cargo bench --locked --bench audit
 	cargo bench --locked --bench collect
 

@@ -13,6 +13,8 @@
 
 #[path = "../bounds.rs"]
 mod bounds;
+#[path = "../calls.rs"]
+mod calls;
 #[path = "../proxy/certificates.rs"]
 mod certificates;
 #[expect(dead_code, reason = "the bench beside nginx has more kinds of load")]

@@ -1,5 +1,5 @@
 //! A ledger in a file of its own, with a clock that is set by hand, filled and asked through the verbs that the proxy
-//! uses. What a call says is made before the time is taken: only the ledger is measured.
+//! uses.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keybrake::audit::{Entry, Event};
-use keybrake::call::{Estate, KeyBasis, Outcome, StoredAnswer, fingerprint, identity_of_caller_key};
-use keybrake::hold::{ExactRequest, Facts, Lane};
-use keybrake::id::{BootId, CallId, HoldId, KeyId, LedgerId};
-use keybrake::intent::{Claim, Intent};
-use keybrake::key::{Caps, Idempotency, Key};
+use keybrake::id::{BootId, CallId, KeyId, LedgerId};
 use keybrake::ledger::redb::inspect;
-use keybrake::ledger::rules::Admit;
-use keybrake::ledger::rules::resolve::Resolve;
-use keybrake::ledger::{Actor, Admitted, Ledger, LedgerError, Opening, Ticked};
-use keybrake::money::{Currency, MicroUsd, Money, Rate, Rates};
+use keybrake::ledger::{Actor, Ledger, LedgerError, Opening, Ticked};
 use keybrake::random;
 use keybrake::secret::Mode;
 use keybrake::time::{Clock, DAY_MS, UnixMs};
@@ -26,7 +19,7 @@ use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 
 use crate::bounds::knob;
-use crate::stub;
+use crate::calls::{self, Call, Pass, vault_key};
 
 /// Between two calls of a ledger's past: ten a second.
 pub(crate) const APART_MS: u64 = 100;
@@ -35,8 +28,6 @@ const FILLERS: u64 = 256;
 /// Days for which a call is remembered, and for which an audit record is kept.
 pub(crate) const REMEMBER_DAYS: u32 = 40;
 pub(crate) const AUDIT_DAYS: u32 = 400;
-const MINOR: u64 = 100;
-const OPERATION: &str = "POST /v1/charges";
 const PATIENCE: Duration = Duration::from_mins(1);
 /// The pause of the sidecar between two steps of upkeep that have more to do.
 const TICK_AGAIN: Duration = Duration::from_millis(20);
@@ -50,37 +41,6 @@ pub(crate) struct Sandbox {
     made: AtomicU64,
     /// Whether it remembers what was answered.
     answers: bool,
-}
-
-/// A call that only has to be made.
-struct Prepared {
-    key: KeyId,
-    admit: Admit,
-    resolve: Resolve,
-}
-
-/// What calls came to.
-pub(crate) struct Pass {
-    /// Ascending.
-    pub(crate) latencies: Vec<Duration>,
-    pub(crate) elapsed: Duration,
-    /// Of this whole process, callers and writer.
-    pub(crate) cpu: Duration,
-}
-
-impl Pass {
-    pub(crate) fn percentile_us(&self, per_cent: usize) -> f64 {
-        let at = (self.latencies.len() * per_cent).div_ceil(100).saturating_sub(1);
-        self.latencies.get(at).map_or(f64::NAN, |latency| latency.as_secs_f64() * 1e6)
-    }
-
-    pub(crate) fn worst_us(&self) -> f64 {
-        self.percentile_us(100)
-    }
-
-    pub(crate) fn calls(&self) -> f64 {
-        f64::from(u32::try_from(self.latencies.len()).unwrap_or(u32::MAX))
-    }
 }
 
 /// What a while of upkeep came to, and calls beside it.
@@ -162,7 +122,7 @@ impl Sandbox {
                     if number >= count {
                         return Ok::<_, anyhow::Error>(());
                     }
-                    let key = vault_key(number, now)?;
+                    let key = vault_key(number, now, REMEMBER_DAYS)?;
                     let id = key.id;
                     ledger.issue_key(key, Actor("bench".to_owned())).await?;
                     made.lock().map_err(|_| anyhow::anyhow!("a task panicked"))?.push(id);
@@ -253,7 +213,7 @@ impl Sandbox {
         let mut tasks = JoinSet::new();
         for _ in 0..callers {
             let (sandbox, barrier) = (Arc::clone(self), Arc::clone(&barrier));
-            let prepared: Vec<Prepared> = (0..each).map(|_| self.prepare()).collect();
+            let prepared: Vec<Call> = (0..each).map(|_| self.prepare()).collect();
             tasks.spawn(async move {
                 barrier.wait().await;
                 let mut latencies = Vec::with_capacity(each);
@@ -264,13 +224,13 @@ impl Sandbox {
             });
         }
         barrier.wait().await;
-        let (begun, cpu) = (Instant::now(), cpu()?);
+        let (begun, cpu) = (Instant::now(), calls::cpu()?);
         let mut latencies = Vec::new();
         while let Some(ended) = tasks.join_next().await {
             latencies.extend(ended??);
         }
-        latencies.sort_unstable();
-        Ok(Pass { latencies, elapsed: begun.elapsed(), cpu: self::cpu()?.saturating_sub(cpu) })
+        let elapsed = begun.elapsed();
+        Ok(Pass::new(latencies, elapsed, calls::cpu()?.saturating_sub(cpu)))
     }
 
     /// Upkeep as the sidecar does it while there is more to do, with calls beside it: one every so often of each caller.
@@ -296,7 +256,7 @@ impl Sandbox {
                 Ok::<_, anyhow::Error>(latencies)
             });
         }
-        let (begun, cpu) = (Instant::now(), cpu()?);
+        let (begun, cpu) = (Instant::now(), calls::cpu()?);
         let (mut steps, mut longest_step, mut done) = (0, Duration::ZERO, false);
         while !done && begun.elapsed() < longest {
             let step = Instant::now();
@@ -310,145 +270,28 @@ impl Sandbox {
         while let Some(ended) = tasks.join_next().await {
             latencies.extend(ended??);
         }
-        latencies.sort_unstable();
-        let pass = Pass { latencies, elapsed: begun.elapsed(), cpu: self::cpu()?.saturating_sub(cpu) };
+        let pass = Pass::new(latencies, begun.elapsed(), calls::cpu()?.saturating_sub(cpu));
         Ok(Beside { pass, steps, longest_step, done })
     }
 
-    async fn pair(&self, call: Prepared) -> Result<Duration> {
-        let begun = Instant::now();
-        let Admitted::Held(held) = self.ledger.admit(call.key, call.admit).await? else {
-            bail!("a call was not let through");
-        };
-        self.ledger.resolve(held, call.resolve).await?;
-        let took = begun.elapsed();
+    async fn pair(&self, call: Call) -> Result<Duration> {
+        let took = call.make(&self.ledger).await?;
         self.made.fetch_add(1, Ordering::Relaxed);
         Ok(took)
     }
 
-    /// The next call: a charge under an idempotency key of its own, and its answer.
-    fn prepare(&self) -> Prepared {
+    /// The next call.
+    fn prepare(&self) -> Call {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let at = UnixMs::from_millis(self.hand.fetch_add(APART_MS, Ordering::SeqCst) + APART_MS);
-        let name = format!("billing:growth:{number}");
-        let customer = format!("cus_{}", number % 5_000);
-        let params = [
-            ("amount", MINOR.to_string()),
-            ("currency", "usd".to_owned()),
-            ("customer", customer.clone()),
-            ("description", "billing run".to_owned()),
-            ("source", "tok_visa".to_owned()),
-        ];
-        let request = ExactRequest {
-            method: "POST".to_owned(),
-            path: "/v1/charges".to_owned(),
-            params: params.map(|(name, value)| (name.to_owned(), value)).into(),
-            version: None,
-            account: None,
-            idempotency_key: None,
-        };
-        let estate = Estate { account: "acct_1PBenchBench".to_owned(), mode: Mode::Test };
-        let (fingerprint, digests) =
-            fingerprint(self.ledger.salt(), OPERATION, &request.path, "", &request.params);
-        let object = format!("ch_1PBench{number:014}");
-        let seen_request_id = format!("req_kb_{number:014}");
-        let facts = Facts {
-            request_id: seen_request_id.clone(),
-            method: request.method.clone(),
-            endpoint: request.path.clone(),
-            customer: Some(customer),
-            ..Facts::default()
-        };
-        let intent = Intent {
-            operation: OPERATION.to_owned(),
-            claim: Claim::Create {
-                lane: Lane::In,
-                money: Money { minor: MINOR, currency: Currency::USD },
-                rate: Rate::USD,
-            },
-            identity: identity_of_caller_key(&estate, &name),
-            basis: KeyBasis::Caller(name),
-            fingerprint,
-            params: digests,
-            request,
-            stamp_param: Some("metadata[keybrake_call]".to_owned()),
-            facts,
-            estate,
-            open_constraints: Vec::new(),
-            rates: Arc::new(Rates::new(Vec::new())),
-            seen: None,
-            payable_after_decline: false,
-            read_against: None,
-            pin: None,
-        };
-        let admit = Admit {
-            intent,
-            call_id: CallId::new(at, random::bytes()),
-            hold_id: HoldId::new(at, random::bytes()),
-            boot: self.ledger.boot(),
-            may_go: true,
-            may_wait: false,
-            duration_ms: 1,
-        };
-        let mut resolve = answered(number, object, seen_request_id, at);
+        let key = self.keys[usize::try_from(number).unwrap_or(0) % self.keys.len()];
+        let mut call = Call::new(&self.ledger, key, number, at);
         if !self.answers {
-            resolve.answer = None;
+            call.resolve.answer = None;
         }
-        let at = usize::try_from(number).unwrap_or(0) % self.keys.len();
-        Prepared { key: self.keys[at], admit, resolve }
+        call
     }
-}
-
-/// Stripe executed it.
-fn answered(number: u64, object: String, seen_request_id: String, at: UnixMs) -> Resolve {
-    let stripe_request_id = format!("req_{number:014}");
-    let answer = StoredAnswer {
-        status: 200,
-        content_type: "application/json".to_owned(),
-        request_id: stripe_request_id.clone(),
-        body: stub::charge(&object, &MINOR.to_string()).into_bytes(),
-        at,
-    };
-    Resolve {
-        outcome: Outcome::Spent { minor: MINOR },
-        objects: vec![object],
-        answer: Some(answer),
-        seen_request_id,
-        stripe_request_id: Some(stripe_request_id),
-        upstream_status: Some(200),
-        duration_ms: 80,
-    }
-}
-
-fn vault_key(number: u64, now: UnixMs) -> Result<Key> {
-    Ok(Key {
-        id: KeyId::new(now, random::bytes()),
-        digest: random::bytes(),
-        label: format!("kestra-billing-{}", number % 500),
-        vendor: "stripe".to_owned(),
-        grants: Vec::new(),
-        caps: Caps { daily: Some(dollars("900000000.00")?), ..Caps::default() },
-        idempotency: Idempotency::Required,
-        remember_days: REMEMBER_DAYS,
-        client_secrets: false,
-        metadata: vec![("flow".to_owned(), format!("flow-{}", number % 30))],
-        created_at: now,
-        expires_at: now.plus_millis(31 * DAY_MS),
-        revoked_at: None,
-        closed_at: None,
-        issuer: None,
-        budget: None,
-        constraints: Vec::new(),
-        accounts: Vec::new(),
-        stop_budget_on_refusal: false,
-        retry_declined_after_s: None,
-        requests_per_second: None,
-    })
-}
-
-fn dollars(text: &str) -> Result<MicroUsd> {
-    MicroUsd::parse_dollars(text).ok().context("no dollars")
 }
 
 fn record(number: u64) -> Entry {
@@ -463,15 +306,4 @@ fn record(number: u64) -> Entry {
         idempotency_key: Some(format!("billing:growth:{number}")),
         ..Entry::default()
     }
-}
-
-/// The time on a processor of all threads that run, which the kernel tells in nanoseconds.
-fn cpu() -> Result<Duration> {
-    let mut total = 0;
-    for thread in std::fs::read_dir("/proc/self/task")? {
-        // A thread that has just ended tells nothing.
-        let told = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
-        total += told.split_whitespace().next().and_then(|nanos| nanos.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(Duration::from_nanos(total))
 }
