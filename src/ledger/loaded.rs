@@ -95,7 +95,8 @@ impl Hints {
     }
 }
 
-/// Rows that were loaded.
+/// Rows that were loaded. One that was not seems not to be there, or to be what it probably is, so that all that is needed
+/// is found out at once; what was done on such rows is thrown away, and done again.
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     rows: [HashMap<Bytes, Option<Bytes>>; TABLES],
@@ -104,20 +105,13 @@ pub(crate) struct Loaded {
     locks: Option<BTreeSet<u32>>,
     /// What rows probably are, where it is only to be found out what is needed.
     hints: Option<Hints>,
-    /// Whether what is missing is left out for now, so that all that is needed is found out at once.
-    goes_on: bool,
     needs: RefCell<Needs>,
-}
-
-/// Said of a row that was not loaded: what was done without it is thrown away, and done again.
-fn missing() -> LedgerError {
-    LedgerError::Unavailable("a row has to be loaded first".to_owned())
 }
 
 impl Loaded {
     /// For whoever only reads.
     pub(crate) fn to_read() -> Self {
-        Self { goes_on: true, ..Self::default() }
+        Self::default()
     }
 
     /// For whoever writes, under these locks.
@@ -127,7 +121,7 @@ impl Loaded {
 
     /// To find out what will be needed: rows are what they probably are.
     pub(crate) fn to_guess(hints: Hints) -> Self {
-        Self { locks: Some(BTreeSet::new()), hints: Some(hints), goes_on: true, ..Self::default() }
+        Self { locks: Some(BTreeSet::new()), hints: Some(hints), ..Self::default() }
     }
 
     pub(crate) fn into_hints(self) -> Hints {
@@ -185,9 +179,6 @@ impl Loaded {
         }
         if let Some(rows) = self.needs.borrow_mut().rows.get_mut(number) {
             rows.insert(bytes.into());
-        }
-        if !self.goes_on {
-            return Err(missing());
         }
         let hint = self.hints.as_ref().and_then(|hints| hints.get(number, bytes));
         hint.map(|value| read(V::from_bytes(value))).transpose()
@@ -271,6 +262,6 @@ where
         }
         let (loaded, part, limit) = self.more.take()?;
         loaded.needs.borrow_mut().parts.insert(part, limit);
-        (!loaded.goes_on).then(|| Err(missing()))
+        None
     }
 }

@@ -404,15 +404,29 @@ impl Session {
 
     /// Says that this run of the process lives, and fences those that were silent for too long. Answers those that are
     /// fenced and may be sending still, by the ledger, and whether this one is the first of those that live.
-    pub(super) async fn beat(&self, boot: BootId) -> Result<(Vec<BootId>, bool), DatabaseError> {
-        in_time(self.beat_and_fence(boot)).await
+    pub(super) async fn beat(&self, boot: BootId, looks: bool) -> Result<(Vec<BootId>, bool), DatabaseError> {
+        in_time(self.beat_and_fence(boot, looks)).await
     }
 
-    async fn beat_and_fence(&self, boot: BootId) -> Result<(Vec<BootId>, bool), DatabaseError> {
+    async fn beat_and_fence(&self, boot: BootId, looks: bool) -> Result<(Vec<BootId>, bool), DatabaseError> {
         let boot = boot.as_bytes().as_slice();
         self.connection
             .execute("UPDATE boots SET seen = clock_timestamp() WHERE boot = $1 AND NOT fenced", &[&boot])
             .await?;
+        // All of them looking through all of them each second would be too much: the first one does, or whoever sees that
+        // the first one is silent.
+        let first = format!(
+            "SELECT boot, seen < clock_timestamp() - interval '{SILENCE_S} seconds' FROM boots
+             WHERE NOT fenced ORDER BY boot LIMIT 1"
+        );
+        let first = self.connection.query_opt(&first, &[]).await?;
+        let (leads, is_silent) = match &first {
+            Some(row) => (row.try_get::<_, &[u8]>(0)? == boot, row.try_get::<_, bool>(1)?),
+            None => (false, true),
+        };
+        if !leads && !is_silent && !looks {
+            return Ok((Vec::new(), false));
+        }
         let fence = format!(
             "UPDATE boots SET fenced = true
              WHERE NOT fenced AND boot <> $1 AND seen < clock_timestamp() - interval '{SILENCE_S} seconds'"
@@ -424,9 +438,6 @@ impl Session {
             let id: &[u8] = row.try_get(0)?;
             boots.extend(id.try_into().ok().map(BootId::from_bytes));
         }
-        let first = "SELECT boot FROM boots WHERE NOT fenced ORDER BY boot LIMIT 1";
-        let first = self.connection.query_opt(first, &[]).await?;
-        let leads = first.map_or(Ok(false), |row| row.try_get::<_, &[u8]>(0).map(|first| first == boot))?;
         Ok((boots, leads))
     }
 

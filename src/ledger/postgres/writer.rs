@@ -30,6 +30,8 @@ use crate::time::UnixMs;
 
 /// How often a transaction is begun anew: another stood in its way, or a lock was missing.
 const TRIES_MAX: usize = 12;
+/// How often a transaction is begun with more locks than before.
+const WIDER_MAX: usize = 64;
 /// How often rules run on one transaction's rows.
 const ROUNDS_MAX: usize = 24;
 /// What calls came to and could not be written yet. More than so many, and they stay held as if they were being sent.
@@ -54,6 +56,8 @@ enum Trouble {
     Fenced,
     /// It stands in the way of others, again and again.
     Crowded,
+    /// It needs more locks than it began with.
+    Wider,
     /// It must not be written.
     Broken(LedgerError),
 }
@@ -120,7 +124,7 @@ impl Writer {
         joined.map_err(told)?;
         let (id, salt, mark) = found.ok_or(LedgerError::Corrupt("ledger id"))?;
         writer.store.know(id, salt, mark);
-        writer.doubt_gone().await.map_err(told)?;
+        writer.doubt_gone(true).await.map_err(told)?;
         Ok(writer)
     }
 
@@ -170,12 +174,12 @@ impl Writer {
         let mut came_to = Vec::new();
         match self.commit_once(&mut batch, &mut came_to).await {
             Ok(()) => self.store.note_trouble(None),
-            Err(Trouble::Crowded | Trouble::Broken(_)) if batch.len() > 1 => {
+            Err(Trouble::Crowded | Trouble::Wider | Trouble::Broken(_)) if batch.len() > 1 => {
                 for command in batch {
                     Box::pin(self.commit_all(vec![command])).await;
                 }
             }
-            Err(Trouble::Crowded) => self.put_off(batch, "it is too crowded; try again"),
+            Err(Trouble::Crowded | Trouble::Wider) => self.put_off(batch, "it is too crowded; try again"),
             Err(Trouble::Broken(error)) => refuse_all(&mut batch, &error),
             Err(Trouble::Fenced) => {
                 let why = "this sidecar was taken for gone".to_owned();
@@ -186,7 +190,7 @@ impl Writer {
                     why,
                     "the ledger's database cannot be used; money calls are refused until it is back"
                 );
-                self.session = None;
+                self.drop_session();
                 self.store.note_trouble(Some(why.clone()));
                 self.put_off(batch, &why);
             }
@@ -241,7 +245,9 @@ impl Writer {
         let mut needs = self.guess(work);
         let mut trouble = Trouble::Crowded;
         let mut may_be_stale = self.session.is_some();
-        for _ in 0..TRIES_MAX {
+        let (mut tries, mut wider) = (0, 0);
+        while tries < TRIES_MAX && wider < WIDER_MAX {
+            tries += 1;
             if self.session.is_none() {
                 self.session = Some(Session::open(&self.store.target, self.store.own).await?);
             }
@@ -249,7 +255,7 @@ impl Writer {
                 Ok(()) => return Ok(()),
                 // Of a server that was started anew, an old session tells only that.
                 Err(Trouble::Down(why)) if may_be_stale => {
-                    self.session = None;
+                    self.drop_session();
                     may_be_stale = false;
                     Trouble::Down(why)
                 }
@@ -262,18 +268,34 @@ impl Writer {
                     self.come_back().await?;
                     Trouble::Fenced
                 }
+                Err(Trouble::Wider) => {
+                    (tries, wider) = (tries - 1, wider + 1);
+                    self.roll_back().await;
+                    Trouble::Crowded
+                }
                 Err(Trouble::Crowded) => {
-                    if let Some(session) = &self.session
-                        && session.rollback().await.is_err()
-                    {
-                        self.session = None;
-                    }
+                    self.roll_back().await;
                     Trouble::Crowded
                 }
                 Err(trouble @ (Trouble::Down(_) | Trouble::Broken(_))) => return Err(trouble),
             };
         }
         Err(trouble)
+    }
+
+    /// What the database has behind another session may be older than what this one saw: where the chain ends is read
+    /// again.
+    fn drop_session(&mut self) {
+        self.session = None;
+        self.head = None;
+    }
+
+    async fn roll_back(&mut self) {
+        if let Some(session) = &self.session
+            && session.rollback().await.is_err()
+        {
+            self.drop_session();
+        }
     }
 
     /// What a transaction will probably need.
@@ -309,7 +331,7 @@ impl Writer {
         }
         if !begun.locked {
             // They are there now.
-            return Err(Trouble::Crowded);
+            return Err(Trouble::Wider);
         }
         self.store.note_time(begun.at);
         // One moment for all rounds: what is due depends on it, and would have to be loaded anew for each.
@@ -338,7 +360,7 @@ impl Writer {
             }
             needs.join(more);
             if needs_locks {
-                return Err(Trouble::Crowded);
+                return Err(Trouble::Wider);
             }
         }
         Err(Trouble::Crowded)
@@ -386,7 +408,7 @@ impl Writer {
 
     async fn ask_whether(&mut self, boot: BootId, batch: i64) -> Result<bool, DatabaseError> {
         // Never on the session that lost it: what it says next may be of before.
-        self.session = None;
+        self.drop_session();
         let session = Session::open(&self.store.target, self.store.own).await?;
         let holds = session.holds(boot, batch).await?;
         self.session = Some(session);
@@ -454,17 +476,18 @@ impl Writer {
     /// What is done on a tick beside what the rules do: tells that this run lives, and doubts what those that are gone
     /// were sending.
     async fn keep_up(&mut self) {
-        if let Err(trouble) = self.doubt_gone().await {
+        if let Err(trouble) = self.doubt_gone(false).await {
             if let Trouble::Down(_) = trouble {
-                self.session = None;
+                self.drop_session();
             }
             tracing::debug!(?trouble, "upkeep of the ledger came to nothing; it is tried again");
         }
     }
 
-    async fn doubt_gone(&mut self) -> Result<(), Trouble> {
+    /// `looks`: whether it looks for silent ones whoever leads.
+    async fn doubt_gone(&mut self, looks: bool) -> Result<(), Trouble> {
         let Some(session) = &self.session else { return Ok(()) };
-        let (gone, leads) = session.beat(self.opening.boot).await?;
+        let (gone, leads) = session.beat(self.opening.boot, looks).await?;
         self.store.note_lead(leads);
         if gone.is_empty() {
             return Ok(());
@@ -516,6 +539,6 @@ fn told(trouble: Trouble) -> LedgerError {
         Trouble::Broken(error) => error,
         Trouble::Down(why) | Trouble::Unknown(why) => LedgerError::Unavailable(why),
         Trouble::Fenced => LedgerError::Unavailable("another process runs as this node".to_owned()),
-        Trouble::Crowded => LedgerError::Unavailable("it is too crowded".to_owned()),
+        Trouble::Crowded | Trouble::Wider => LedgerError::Unavailable("it is too crowded".to_owned()),
     }
 }

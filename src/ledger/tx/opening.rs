@@ -109,12 +109,20 @@ impl Tx<'_> {
             |hold: &Hold| matches!(hold.state, HoldState::Sending { boot } if gone.contains(&boot));
         let theirs: Vec<HoldId> =
             self.live_holds()?.iter().filter(|hold| is_theirs(hold)).map(|hold| hold.id).take(most).collect();
+        let mut failed = Ok(());
         for id in &theirs {
-            // Again, now that it is known which one has to be locked.
-            let Some(hold) = self.hold(*id)?.filter(is_theirs) else { continue };
-            self.doubt_orphan(&hold, own, now)?;
+            // Again, now that it is known which one has to be locked. All are looked at, so that all that is missing is known
+            // at once.
+            let doubted = match self.hold(*id) {
+                Ok(hold) => match hold.filter(is_theirs) {
+                    Some(hold) => self.doubt_orphan(&hold, own, now),
+                    None => Ok(()),
+                },
+                Err(error) => Err(error),
+            };
+            failed = failed.and(doubted);
         }
-        Ok(theirs.len())
+        failed.map(|()| theirs.len())
     }
 
     pub(in crate::ledger) fn live_holds(&self) -> Result<Vec<Hold>, LedgerError> {
