@@ -33,6 +33,7 @@ test-long: export KEYBRAKE_TEST_KILL_ROUNDS ?= 50
 test-long: export KEYBRAKE_TEST_MUTATIONS ?= 50000
 test-long: export KEYBRAKE_TEST_FORMS ?= 50000
 test-long: export KEYBRAKE_TEST_HISTORIES ?= 10000
+test-long: export KEYBRAKE_TEST_FLEET_HISTORIES ?= 500
 test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: export KEYBRAKE_TEST_QUESTIONS ?= 20
 test-long: export KEYBRAKE_TEST_FLEET_ROUNDS ?= 10

@@ -3,6 +3,7 @@
 mod backend;
 mod crash;
 mod format;
+mod line;
 mod notes;
 mod postgres;
 pub(crate) mod reads;

@@ -26,7 +26,8 @@ impl Wake for Unpark {
 
 /// Waits here. Whatever the store needs for its answer it has threads of its own for.
 pub(crate) fn wait<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
+    // Inside a task nobody would wake what pauses only so that other tasks get their turn.
+    let mut future = pin!(tokio::task::coop::unconstrained(future));
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     loop {
         match future.as_mut().poll(&mut Context::from_waker(&waker)) {

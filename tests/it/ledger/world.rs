@@ -284,6 +284,11 @@ impl World {
         self.modes.borrow_mut().insert(key, idempotency);
     }
 
+    /// What makes two requests under a key the same call.
+    pub(super) fn mode_of(&self, key: KeyId) -> Idempotency {
+        self.modes.borrow()[&key].clone()
+    }
+
     /// A request as the ledger learns of it.
     pub(super) fn intent(&self, key: KeyId, ask: &Ask, call_id: CallId) -> Intent {
         let request = ask.request();
