@@ -127,12 +127,12 @@ async fn write(
     };
     let latched = Arc::downgrade(&store);
     drop(opened.send(Ok(store)));
-    let worked = to_its_end(async {
+    let worked = Box::pin(to_its_end(async {
         while let Some(batch) = next_batch(&mut mail, &notes).await {
             writer.commit(batch).await;
         }
         writer.close().await;
-    });
+    }));
     if worked.await.is_err()
         && let Some(store) = latched.upgrade()
     {

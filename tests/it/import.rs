@@ -75,6 +75,7 @@ async fn sending(sidecar: &Sidecar, standin: &Standin, key: &str, name: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story: what was in the file, and that it is there")]
 async fn all_that_a_file_knows_goes_over() {
     let Some(server) = postgres::server() else { return };
     let (schema, standin) = (server.schema("import"), Standin::start(Options::default()));

@@ -95,7 +95,7 @@ async fn a_settle_that_cannot_be_written_is_kept_and_written() {
         assert_ne!(answer.status, 200, "{what:?}: an answer that nobody would remember");
         assert_eq!(b.charge(&key, "too much", 180, "cus_1").await.verdict(), (429, "spend_cap_exceeded"));
         proxy.set_down(false);
-        let spent = format!("{}.{}0", (n + 1) / 2, (n + 1) % 2 * 5);
+        let spent = format!("{}.{}0", n.div_ceil(2), (n + 1) % 2 * 5);
         until("it is settled", async || b.spend(&id).await == money(&spent, "0.00", "0.00")).await;
         for sidecar in [a, b] {
             let again = async || sidecar.charge(&key, &name, 50, "cus_1").await;

@@ -246,7 +246,7 @@ async fn at_commit(
         AtCommit::LeaveOpen => {
             state.lost.fetch_add(1, Ordering::SeqCst);
             tokio::spawn(async move {
-                sleep(Duration::from_secs(60)).await;
+                sleep(Duration::from_mins(1)).await;
                 drop(to);
             });
         }

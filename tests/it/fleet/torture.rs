@@ -28,7 +28,7 @@ const CLIENTS: usize = 200;
 /// How long things go wrong.
 const TROUBLE: Duration = Duration::from_secs(4);
 /// How long a call may take until its outcome is known: a run that is gone is one after fifteen seconds.
-const OUTCOME_WITHIN: Duration = Duration::from_secs(120);
+const OUTCOME_WITHIN: Duration = Duration::from_mins(2);
 /// The cap of the hot key, of the budget and of the issuer, in cents: less than is wanted of each.
 const HOT: u64 = 40_00;
 const BUDGET: u64 = 20_00;
@@ -244,6 +244,7 @@ fn moved(executed: &[Executed], groups: &[Group]) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 #[expect(clippy::print_stdout, reason = "what a run of many rounds has done")]
+#[expect(clippy::too_many_lines, reason = "one round, from its start to the books")]
 async fn whatever_fails_no_cap_is_passed_and_nothing_is_done_twice() {
     for seed in seeds("KEYBRAKE_TEST_FLEET_ROUNDS", 0) {
         let Some(server) = Server::own() else { return };

@@ -139,7 +139,7 @@ impl History {
             85..91 => self.pass(),
             91 => {
                 let ticked = self.nodes[n].world().ledger().tick().await;
-                ticked.map(drop).unwrap_or_else(|error| self.could_not(n, &error));
+                ticked.map_or_else(|error| self.could_not(n, &error), drop);
             }
             92..95 => self.elsewhere(n).await,
             95 => self.throw_the_switch(n).await,

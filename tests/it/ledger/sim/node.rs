@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
 
 use keybrake::hold::{Hold, HoldState, Lane, Subject};
 use keybrake::id::{CallId, HoldId, KeyId};
@@ -10,6 +9,8 @@ use keybrake::key::{Idempotency, Status};
 use keybrake::ledger::{Held, LedgerError};
 use keybrake::money::{MicroUsd, Rate};
 use keybrake::time::{DAY_MS, Day, UnixMs};
+
+use tokio::time::Instant;
 
 use crate::ledger::backend::File;
 use crate::ledger::world::{Ask, Place, World, usd};

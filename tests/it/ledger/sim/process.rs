@@ -1,11 +1,12 @@
 //! A run of a sidecar, and the wire to its ledger where that is in a database.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use keybrake::ledger::rules::resolve::Resolve;
 use keybrake::ledger::{Held, Ledger, LedgerError};
 use keybrake::tls;
+use tokio::time::Instant;
 
 use crate::ledger::line::{Cut, Line};
 use crate::ledger::reads::wait;
