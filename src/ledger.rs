@@ -5,8 +5,8 @@
 //!   a second. Reads run beside it, on snapshots.
 //! - Holds, counters, calls, audit records and keys change together in one transaction or not at all.
 //! - [`Held`] can only be made here, by a reserve that is durable. Whoever forwards a money call must show one.
-//! - A write that fails latches: nothing is written or admitted until the process is started again, because nobody
-//!   knows what of it survived.
+//! - A write that fails latches a file: nothing is written or admitted until the process is started again, because nobody
+//!   knows what of it survived. A database is asked, and used again when it is back.
 //! - Nothing in here or below knows Stripe.
 
 pub(crate) mod changes;
