@@ -19,7 +19,7 @@ run: ## a sidecar in front of your own Stripe account; asks for the key that it 
 
 test: ## all tests: those of Rust, then the real Stripe SDKs of Python and Node against a sidecar
 	$(BUILD)
-	cargo test --locked
+	cargo test --locked $(IGNORED)
 	$(PYTHON) tests/sdk/setup.py --node --localstripe >/dev/null
 	"$$($(PYTHON) tests/sdk/setup.py)" -m pytest tests/sdk
 
@@ -37,6 +37,8 @@ test-long: export KEYBRAKE_TEST_FLEET_HISTORIES ?= 500
 test-long: export KEYBRAKE_TEST_CUTS ?= 20
 test-long: export KEYBRAKE_TEST_QUESTIONS ?= 20
 test-long: export KEYBRAKE_TEST_FLEET_ROUNDS ?= 10
+# What is left out of the default run for its time.
+test-long: IGNORED = -- --include-ignored
 test-long: test ## the same with 50 rounds of SIGKILL under load (KEYBRAKE_TEST_KILL_ROUNDS) and many more made-up inputs
 
 soak: ## an hour of 200 requests a second while Stripe fails, then what must be true (SOAK_SECONDS=3600, SOAK_RPS=200)

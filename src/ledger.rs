@@ -589,17 +589,23 @@ impl Ledger {
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, LedgerError> {
-        let (reply, answer) = Reply::channel();
+        let (reply, mut answer) = Reply::channel();
         let asked = async {
             self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
-            answer.await.map_err(|_| writer_gone())?
+            (&mut answer).await.map_err(|_| writer_gone())?
         };
         match &self.store {
             Store::Redb(_) => asked.await,
             // A database may be gone for longer than any caller waits.
             Store::Postgres(_) => {
+                if let Ok(found) = tokio::time::timeout(ANSWER_WITHIN, asked).await {
+                    return found;
+                }
+                // The writer hears from now on that nobody waits, and takes back what it lets through. What it said in this
+                // moment is heard: else it would stay held by nobody.
+                answer.close();
                 let late = || LedgerError::Unavailable("the database gives no answer".to_owned());
-                tokio::time::timeout(ANSWER_WITHIN, asked).await.unwrap_or_else(|_| Err(late()))
+                answer.try_recv().unwrap_or_else(|_| Err(late()))
             }
         }
     }
