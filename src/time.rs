@@ -63,17 +63,25 @@ impl fmt::Display for UnixMs {
         let millis = i128::from(self.0).min(253_402_300_799_999);
         let at = OffsetDateTime::from_unix_timestamp_nanos(millis * 1_000_000).map_err(|_| fmt::Error)?;
         let (date, time) = (at.date(), at.time());
-        write!(
-            f,
-            "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
-            date.year(),
-            u8::from(date.month()),
-            date.day(),
-            time.hour(),
-            time.minute(),
-            time.second(),
-            time.millisecond()
-        )
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        put_digits(&mut text[0..4], date.year().unsigned_abs());
+        put_digits(&mut text[5..7], u8::from(date.month()).into());
+        put_digits(&mut text[8..10], date.day().into());
+        put_digits(&mut text[11..13], time.hour().into());
+        put_digits(&mut text[14..16], time.minute().into());
+        put_digits(&mut text[17..19], time.second().into());
+        put_digits(&mut text[20..23], time.millisecond().into());
+        f.write_str(std::str::from_utf8(&text).map_err(|_| fmt::Error)?)
+    }
+}
+
+/// Writes as many of the last digits as fit: every record has two instants, and the formatter's way takes ten times as
+/// long.
+fn put_digits(place: &mut [u8], number: u32) {
+    let mut rest = number;
+    for byte in place.iter_mut().rev() {
+        *byte = b"0123456789"[(rest % 10) as usize];
+        rest /= 10;
     }
 }
 
