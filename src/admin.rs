@@ -93,7 +93,7 @@ enum Reader {
 impl Admin {
     fn refuse(&self, refusal: Refusal) -> Refused {
         let at = self.ledger.now();
-        Refused { refusal, request_id: RequestId::new(at, random::bytes()).to_string(), at }
+        Refused { refusal, request_id: RequestId::new(at, random::of_id()).to_string(), at }
     }
 
     fn failed(&self, error: &LedgerError) -> Refused {

@@ -29,11 +29,32 @@ pub const STRIPE_VERSION: HeaderName = HeaderName::from_static("stripe-version")
 /// Header of the connected account.
 pub const STRIPE_ACCOUNT: HeaderName = HeaderName::from_static("stripe-account");
 
+/// Room for all headers that a request to Stripe can have, `Host` too.
+const HEADERS_ROOM: usize = 8;
+
 /// Sends to Stripe under the real key.
 #[derive(Debug)]
 pub struct Forwarder {
     upstream: Arc<Upstream>,
-    key: RwLock<Secret>,
+    key: RwLock<OwnKey>,
+}
+
+/// The real key, and how a request carries it.
+#[derive(Debug)]
+struct OwnKey {
+    secret: Secret,
+    /// `None` for a text that no header can carry: nothing is sent then.
+    bearer: Option<HeaderValue>,
+}
+
+impl OwnKey {
+    fn new(secret: Secret) -> Self {
+        let bearer = HeaderValue::from_str(&format!("Bearer {}", secret.expose())).ok().map(|mut value| {
+            value.set_sensitive(true);
+            value
+        });
+        Self { secret, bearer }
+    }
 }
 
 /// A request that moves no money.
@@ -82,23 +103,23 @@ impl FreeRequest {
 impl Forwarder {
     /// A forwarder that opens Stripe with `key`.
     pub fn new(upstream: Upstream, key: Secret) -> Self {
-        Self { upstream: Arc::new(upstream), key: RwLock::new(key) }
+        Self { upstream: Arc::new(upstream), key: RwLock::new(OwnKey::new(key)) }
     }
 
     /// Another forwarder to the same place, to try a key before it is used.
     #[must_use]
     pub fn trying(&self, key: Secret) -> Self {
-        Self { upstream: Arc::clone(&self.upstream), key: RwLock::new(key) }
+        Self { upstream: Arc::clone(&self.upstream), key: RwLock::new(OwnKey::new(key)) }
     }
 
     /// Puts a rotated key in the place of the old one. Whose it is must have been asked before.
     pub fn set_key(&self, key: Secret) {
-        *self.key.write().unwrap_or_else(PoisonError::into_inner) = key;
+        *self.key.write().unwrap_or_else(PoisonError::into_inner) = OwnKey::new(key);
     }
 
     /// The digest by which the ledger knows the key.
     pub fn key_digest(&self) -> [u8; 32] {
-        Sha256::digest(self.key.read().unwrap_or_else(PoisonError::into_inner).expose()).into()
+        Sha256::digest(self.key.read().unwrap_or_else(PoisonError::into_inner).secret.expose()).into()
     }
 
     /// Sends a money call, exactly as it is held.
@@ -126,7 +147,7 @@ impl Forwarder {
     fn outbound(&self, request: &ExactRequest) -> Option<Outbound> {
         let form = form::serialise(&request.params);
         let method = Method::from_bytes(request.method.as_bytes()).ok()?;
-        let mut headers = HeaderMap::new();
+        let mut headers = HeaderMap::with_capacity(HEADERS_ROOM);
         headers.insert(AUTHORIZATION, self.bearer()?);
         headers.insert(USER_AGENT, HeaderValue::from_static(concat!("keybrake/", env!("CARGO_PKG_VERSION"))));
         // Answers are read here, so they must come plain.
@@ -152,9 +173,6 @@ impl Forwarder {
     }
 
     fn bearer(&self) -> Option<HeaderValue> {
-        let key = self.key.read().unwrap_or_else(PoisonError::into_inner);
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", key.expose())).ok()?;
-        value.set_sensitive(true);
-        Some(value)
+        self.key.read().unwrap_or_else(PoisonError::into_inner).bearer.clone()
     }
 }

@@ -50,7 +50,6 @@ use crate::vendor::stripe::catalogue::Class;
 use crate::vendor::stripe::object::{self, Purpose};
 use crate::vendor::stripe::request::{self, Exchange, Reading};
 use crate::vendor::stripe::rules::{self, Effect};
-use crate::vendor::stripe::secrets;
 
 /// Bodies of all requests in progress together, in KiB.
 const ROOM_KIB: usize = 256 * 1_024;
@@ -174,7 +173,7 @@ impl Proxy {
     }
 
     fn new_request_id(&self) -> String {
-        RequestId::new(self.ledger.now(), random::bytes()).to_string()
+        RequestId::new(self.ledger.now(), random::of_id()).to_string()
     }
 
     async fn answer(&self, request: Request<Incoming>, path: &str) -> Reply {
@@ -280,20 +279,20 @@ impl Proxy {
         path: &str,
         body: Incoming,
     ) -> Result<Reply, (No, Facts)> {
-        let unread = unread_facts(head, path, &course.request_id);
+        let request_id = course.request_id.clone();
+        let unread = || unread_facts(head, path, &request_id);
         // Held until the request is answered: its body is kept as long.
         let room = self.room_for(head);
         if room.is_none() {
             course.during(Stage::Read, read::drain(body)).await;
-            return Err((overloaded().into(), unread));
+            return Err((overloaded().into(), unread()));
         }
         let body = read::body(&head.headers, body, self.config.body_bytes_max);
         let body = course.during(Stage::Read, body).await;
         let early = self.may_serve(key).await.and_then(|estate| Ok((estate, body?)));
-        let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread.clone()))?;
-        let request_id = course.request_id.clone();
+        let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread()))?;
         let reading =
-            read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread))?;
+            read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread()))?;
         if reading.account.as_deref() == Some(estate.account.as_str()) {
             let own =
                 "Stripe-Account names the sidecar's own account: leave it out, or one call has two names.";
@@ -433,7 +432,7 @@ impl Proxy {
             reply.set(SHOULD_RETRY, if replayed { "false" } else { "true" });
         }
         if !key.client_secrets {
-            reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+            reply.hide_client_secrets();
         }
         let entry = Entry {
             decision: Some(Decision::Forwarded),

@@ -508,9 +508,11 @@ impl Upstream {
 
     /// Keeps the connection, unless the peer or the answer's `Connection: close` ended it.
     async fn put_idle(&self, mut connection: Connection, deadline: Instant) {
-        let wait = deadline.min(Instant::now() + Duration::from_millis(READY_WAIT_MS));
-        if !matches!(timeout_at(wait, connection.sender.ready()).await, Ok(Ok(()))) {
-            return;
+        if !connection.sender.is_ready() {
+            let wait = deadline.min(Instant::now() + Duration::from_millis(READY_WAIT_MS));
+            if !matches!(timeout_at(wait, connection.sender.ready()).await, Ok(Ok(()))) {
+                return;
+            }
         }
         let mut idle = self.lock_idle();
         idle.push_back(Idle { connection, since: Instant::now() });

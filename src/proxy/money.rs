@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderName};
 use tokio::time::{Instant, timeout_at};
 
@@ -75,7 +74,7 @@ impl Proxy {
             estate,
             salt: self.ledger.salt(),
             stamp: self.config.stamp,
-            lone_call: CallId::new(now, random::bytes()),
+            lone_call: CallId::new(now, random::of_id()),
         };
         let intent = request::intent(reading, priced, key, around)?;
         if let Claim::Create { money, rate, .. } = &intent.claim
@@ -117,7 +116,7 @@ impl Proxy {
         match &led {
             Ok(led) if led.shared => {
                 let mut reply = led.reply.clone();
-                reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+                reply.hide_client_secrets();
                 let shared = SharedAnswer { reply, call_id: led.call_id, at: self.ledger.now() };
                 leader.land(Landing::Shared(Arc::new(shared)));
             }
@@ -225,7 +224,7 @@ impl Proxy {
         let original = request_id_of(&answer).unwrap_or_default();
         reply.mark_replayed(&original, at);
         reply.set(REQUEST_ID, &course.request_id);
-        reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+        reply.hide_client_secrets();
         let entry = Entry {
             call_id: Some(call_id.to_string()),
             decision: Some(Decision::Replayed),
@@ -248,8 +247,8 @@ impl Proxy {
             let admit = Admit {
                 may_go,
                 intent: work.intent.clone(),
-                call_id: CallId::new(now, random::bytes()),
-                hold_id: HoldId::new(now, random::bytes()),
+                call_id: CallId::new(now, random::of_id()),
+                hold_id: HoldId::new(now, random::of_id()),
                 boot: self.ledger.boot(),
                 may_wait: Instant::now() + pause < course.deadline,
                 duration_ms: course.elapsed_ms(),
@@ -335,7 +334,7 @@ impl Proxy {
             (shown, false) => self.doubtful(course, &told, shown, may_retry, call_id),
         };
         if !key.client_secrets {
-            reply.body = Bytes::from(secrets::without_client_secrets(&reply.body).into_owned());
+            reply.hide_client_secrets();
         }
         reply
     }

@@ -131,6 +131,9 @@ where
             "A request body must come uncompressed.",
         ));
     }
+    if body.is_end_stream() {
+        return Ok(Bytes::new());
+    }
     let timeout = Duration::from_millis(BODY_TIMEOUT_MS);
     match tokio::time::timeout(timeout, Limited::new(body, bytes_max).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),

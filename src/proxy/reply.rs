@@ -1,15 +1,17 @@
 //! Answers on their way back: Stripe's own, remembered ones, and refusals.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use hyper::Response;
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::header::{self, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 
 use crate::call::StoredAnswer;
 use crate::refusal::Refusal;
 use crate::server::{ReplyBody, whole};
 use crate::time::UnixMs;
 use crate::upstream;
-use crate::vendor::stripe::refusal;
+use crate::vendor::stripe::{refusal, secrets};
 
 /// Header of the id that a caller can quote.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
@@ -38,26 +40,26 @@ pub struct Reply {
 }
 
 /// Headers of Stripe's that concern only its own connection to us, or the host that it answers for.
-const NOT_PASSED_ON: &[&str] = &[
-    "alt-svc",
-    "connection",
-    "content-length",
-    "keep-alive",
-    "proxy-authenticate",
-    "set-cookie",
-    "strict-transport-security",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
+static NOT_PASSED_ON: [HeaderName; 11] = [
+    header::ALT_SVC,
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    HeaderName::from_static("keep-alive"),
+    header::PROXY_AUTHENTICATE,
+    header::SET_COOKIE,
+    header::STRICT_TRANSPORT_SECURITY,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
 ];
 
 impl Reply {
     /// Stripe's answer as it is, with an id of ours where it has none.
     pub fn of_answer(answer: &upstream::Answer, request_id: &str) -> Self {
         let mut headers = answer.headers.clone();
-        for name in NOT_PASSED_ON {
-            headers.remove(*name);
+        for name in &NOT_PASSED_ON {
+            headers.remove(name);
         }
         let mut reply = Self { status: answer.status, headers, body: answer.body.clone() };
         if reply.header(&REQUEST_ID).is_none() {
@@ -95,6 +97,13 @@ impl Reply {
         self.set(REPLAYED, "true");
         self.set(ORIGINAL_REQUEST, original_request);
         self.set(REPLAYED_FROM, &from.to_string());
+    }
+
+    /// Takes the client secrets out of the body.
+    pub fn hide_client_secrets(&mut self) {
+        if let Cow::Owned(body) = secrets::without_client_secrets(&self.body) {
+            self.body = Bytes::from(body);
+        }
     }
 
     /// Sets a header; a value that no header can have is left out.
