@@ -6,6 +6,7 @@ pub mod answer;
 pub mod catalogue;
 pub mod find;
 pub mod form;
+mod json;
 pub mod lines;
 pub mod object;
 pub mod pricing;

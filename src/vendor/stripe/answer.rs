@@ -1,11 +1,10 @@
 //! What one of Stripe's answers says about money.
 
-use serde_json::Value;
-
 use crate::call::{Reading, Record};
 use crate::money::{Currency, Money, Rates};
 use crate::time::UnixMs;
 use crate::vendor::stripe::form;
+use crate::vendor::stripe::json::{self, Value};
 use crate::vendor::stripe::object::{Look, Source, amount, amount_or, is_id, reference, text};
 use crate::vendor::stripe::pricing::Answers;
 
@@ -43,7 +42,7 @@ pub fn read(
     expected: Option<Expected<'_>>,
     more: Option<&[u8]>,
 ) -> (Reading, Vec<String>) {
-    let body: Option<Value> = serde_json::from_slice(answer.body).ok();
+    let body = json::read(answer.body);
     match answer.status {
         200..=299 => body.map_or((UNCLEAR, Vec::new()), |body| read_object(&body, expected, more)),
         402 => (Reading::Declined, body.as_ref().map(declined_objects).unwrap_or_default()),
@@ -64,7 +63,7 @@ pub fn follow(answer: Answer<'_>, answers: Answers) -> Option<Look> {
     if !is_billed || !(200..300).contains(&answer.status) {
         return None;
     }
-    let body: Value = serde_json::from_slice(answer.body).ok()?;
+    let body = json::read(answer.body)?;
     let invoice = body.get("latest_invoice").and_then(Value::as_str)?;
     is_id(invoice).then(|| Source::Invoice.look(invoice))
 }
@@ -73,7 +72,7 @@ pub fn follow(answer: Answer<'_>, answers: Answers) -> Option<Look> {
 pub fn refuses_own_key(answer: Answer<'_>) -> bool {
     match answer.status {
         401 => true,
-        403 => serde_json::from_slice(answer.body).ok().as_ref().is_some_and(is_about_own_key),
+        403 => json::read(answer.body).as_ref().is_some_and(is_about_own_key),
         _ => false,
     }
 }
@@ -81,7 +80,7 @@ pub fn refuses_own_key(answer: Answer<'_>) -> bool {
 /// What the answer to a call that ends something says of it when it is final: the object, its record, and the currency of
 /// what moved.
 pub fn ended(answer: Answer<'_>, answers: Answers) -> Option<(String, Record, Option<Currency>)> {
-    let body: Value = serde_json::from_slice(answer.body).ok().filter(|_| answer.status == 200)?;
+    let body = json::read(answer.body).filter(|_| answer.status == 200)?;
     let id = text(&body, "id")?.to_owned();
     if text(&body, "object") != Some(answers.object()) {
         return None;
@@ -104,7 +103,11 @@ const UNCLEAR: Reading = Reading::Unclear { is_5xx: false };
 /// Money may move, and the answer does not say how much: all that is held stays held.
 const STAYS_HELD: Reading = Reading::Pending { minor: 0 };
 
-fn read_object(body: &Value, expected: Option<Expected<'_>>, more: Option<&[u8]>) -> (Reading, Vec<String>) {
+fn read_object(
+    body: &Value<'_>,
+    expected: Option<Expected<'_>>,
+    more: Option<&[u8]>,
+) -> (Reading, Vec<String>) {
     let Some(id) = text(body, "id") else { return (UNCLEAR, Vec::new()) };
     let mut objects = vec![id.to_owned()];
     let Some(expected) = expected else { return (Reading::Moved { minor: 0 }, objects) };
@@ -175,7 +178,7 @@ pub(super) fn exchange(money: Money, currency: Currency, rates: &Rates) -> Optio
 }
 
 /// An invoice tells all that was ever paid for it. What is due stands in for what remains, where that is missing.
-fn read_invoice(invoice: &Value) -> Option<Reading> {
+fn read_invoice(invoice: &Value<'_>) -> Option<Reading> {
     let paid = amount(invoice, "amount_paid")?;
     let due = paid.checked_add(amount_or(invoice, "amount_remaining", "amount_due")?)?;
     Some(match text(invoice, "status")? {
@@ -205,10 +208,14 @@ const DEFERRING_PARAMS: &[&str] = &[
 const CLOCKS_APART_MS: u64 = 120_000;
 
 /// Only a first invoice that is paid is final, when it bills the whole first period: anything else is billed later.
-fn read_new_subscription(subscription: &Value, more: Option<&[u8]>, params: &[(String, String)]) -> Reading {
+fn read_new_subscription(
+    subscription: &Value<'_>,
+    more: Option<&[u8]>,
+    params: &[(String, String)],
+) -> Reading {
     let is_deferred = params.iter().any(|(name, _)| DEFERRING_PARAMS.contains(&form::base(name)));
     // Found late, its latest invoice may be that of a later period.
-    let is_first = |invoice: &Value| {
+    let is_first = |invoice: &Value<'_>| {
         text(invoice, "billing_reason").is_none_or(|reason| reason == "subscription_create")
     };
     let paid = latest_invoice(subscription, more)
@@ -222,8 +229,8 @@ fn read_new_subscription(subscription: &Value, more: Option<&[u8]>, params: &[(S
 }
 
 /// What a change billed at once counts, and what it bills later stays held; an invoice from before is none of it.
-fn read_changed_subscription(subscription: &Value, more: Option<&[u8]>, asked_at: UnixMs) -> Reading {
-    let is_from_before = |invoice: &Value| {
+fn read_changed_subscription(subscription: &Value<'_>, more: Option<&[u8]>, asked_at: UnixMs) -> Reading {
+    let is_from_before = |invoice: &Value<'_>| {
         let created = invoice.get("created").and_then(Value::as_u64);
         created.is_some_and(|created| {
             created.saturating_mul(1_000).saturating_add(CLOCKS_APART_MS) < asked_at.millis()
@@ -234,13 +241,13 @@ fn read_changed_subscription(subscription: &Value, more: Option<&[u8]>, asked_at
     Reading::Pending { minor: of("amount_due").max(of("amount_paid")) }
 }
 
-fn latest_invoice(subscription: &Value, more: Option<&[u8]>) -> Option<Value> {
-    let read: Option<Value> = more.and_then(|body| serde_json::from_slice(body).ok());
+fn latest_invoice<'a>(subscription: &Value<'a>, more: Option<&'a [u8]>) -> Option<Value<'a>> {
+    let read = more.and_then(json::read);
     read.or_else(|| subscription.get("latest_invoice").cloned())
         .filter(|invoice| text(invoice, "object") == Some("invoice"))
 }
 
-fn read_payout(payout: &Value) -> Option<Reading> {
+fn read_payout(payout: &Value<'_>) -> Option<Reading> {
     // One that takes back another is told as a negative amount.
     let minor = payout.get("amount").and_then(Value::as_i64).map(i64::unsigned_abs)?;
     Some(match text(payout, "status")? {
@@ -251,7 +258,7 @@ fn read_payout(payout: &Value) -> Option<Reading> {
     })
 }
 
-fn read_session(session: &Value) -> Reading {
+fn read_session(session: &Value<'_>) -> Reading {
     let total = amount(session, "amount_total").unwrap_or(0);
     match (text(session, "status"), text(session, "payment_status"), text(session, "mode")) {
         (Some("expired"), _, _) if !is_recoverable(session) => Reading::NotMoved,
@@ -263,18 +270,18 @@ fn read_session(session: &Value) -> Reading {
 }
 
 /// Whether an expired session can be opened anew under an address of its own.
-pub(super) fn is_recoverable(session: &Value) -> bool {
+pub(super) fn is_recoverable(session: &Value<'_>) -> bool {
     session
         .get("after_expiration")
         .and_then(|after| after.get("recovery"))
         .is_some_and(|recovery| !recovery.is_null())
 }
 
-fn positive(object: &Value, field: &str) -> u64 {
+fn positive(object: &Value<'_>, field: &str) -> u64 {
     amount(object, field).unwrap_or(0)
 }
 
-fn read_charge(charge: &Value) -> Option<Reading> {
+fn read_charge(charge: &Value<'_>) -> Option<Reading> {
     let whole = amount(charge, "amount")?;
     Some(match (text(charge, "status")?, charge.get("captured").and_then(Value::as_bool)) {
         ("succeeded", Some(true)) => {
@@ -288,7 +295,7 @@ fn read_charge(charge: &Value) -> Option<Reading> {
     })
 }
 
-fn read_intent(intent: &Value) -> Option<Reading> {
+fn read_intent(intent: &Value<'_>) -> Option<Reading> {
     let whole = amount(intent, "amount")?;
     Some(match text(intent, "status")? {
         "succeeded" => Reading::Moved { minor: amount(intent, "amount_received")? },
@@ -305,7 +312,7 @@ fn read_intent(intent: &Value) -> Option<Reading> {
     })
 }
 
-fn read_refund(refund: &Value) -> Option<Reading> {
+fn read_refund(refund: &Value<'_>) -> Option<Reading> {
     let whole = amount(refund, "amount")?;
     Some(match text(refund, "status")? {
         "succeeded" => Reading::Moved { minor: whole },
@@ -316,20 +323,20 @@ fn read_refund(refund: &Value) -> Option<Reading> {
 }
 
 /// A declined payment intent exists, and can be confirmed again; so does a failed charge.
-fn declined_objects(body: &Value) -> Vec<String> {
+fn declined_objects(body: &Value<'_>) -> Vec<String> {
     let error = body.get("error");
     let intent = error.and_then(|error| reference(error, "payment_intent"));
     let charge = error.and_then(|error| reference(error, "charge"));
     intent.into_iter().chain(charge).collect()
 }
 
-fn is_key_mismatch(body: &Value) -> bool {
+fn is_key_mismatch(body: &Value<'_>) -> bool {
     body.get("error").and_then(|error| text(error, "type")) == Some("idempotency_error")
 }
 
 /// Stripe says "The provided key … does not have the required permissions" of a restricted key; any other 403 is about
 /// the resource.
-fn is_about_own_key(body: &Value) -> bool {
+fn is_about_own_key(body: &Value<'_>) -> bool {
     let message = body.get("error").and_then(|error| text(error, "message")).unwrap_or_default();
     message.starts_with("The provided key") || message.contains("required permissions")
 }
@@ -355,7 +362,7 @@ mod tests {
 
     /// Read as what the body says it is.
     fn reading(status: u16, body: &str) -> Reading {
-        let read_body: Value = serde_json::from_str(body).unwrap_or_default();
+        let read_body = json::read(body.as_bytes()).unwrap_or(Value::Null);
         let object = text(&read_body, "object").unwrap_or_default();
         let answers = Answers::read(object).unwrap_or(Answers::Charge);
         read(Answer { status, body: body.as_bytes() }, Some(held_for(answers)), None).0

@@ -3,8 +3,6 @@
 //! An object that carries the call's stamp was made by it. An object that a call was about proves it only by a state that
 //! nothing but that call, or its end, can have brought. Absence proves nothing.
 
-use serde_json::Value;
-
 use crate::call::{Outcome, Reading, Record};
 use crate::hold::ExactRequest;
 use crate::intent::Verb;
@@ -12,6 +10,7 @@ use crate::money::{Currency, Money, Rates};
 use crate::time::UnixMs;
 use crate::vendor::stripe::answer::{self, Answer, Expected};
 use crate::vendor::stripe::catalogue::{self, Operation};
+use crate::vendor::stripe::json::{self, Value};
 use crate::vendor::stripe::object::{Look, Source, amount, is_id, reference, text};
 use crate::vendor::stripe::pricing::{Answers, Price, Terms};
 
@@ -128,15 +127,16 @@ fn operation_of(request: &ExactRequest) -> Option<(&'static Operation, Vec<&str>
 }
 
 /// One page of a list: the object with this stamp, and the id after which the next page begins.
-pub fn in_page(page: &[u8], stamp: &str) -> Option<(Option<Value>, Option<String>)> {
-    let page: Value = serde_json::from_slice(page).ok()?;
+pub fn in_page(page: &[u8], stamp: &str) -> Option<(Option<serde_json::Value>, Option<String>)> {
+    let page: serde_json::Value = serde_json::from_slice(page).ok()?;
     let items = page.get("data")?.as_array()?;
-    let carries = |item: &&Value| {
-        item.get("metadata").and_then(|metadata| text(metadata, "keybrake_call")) == Some(stamp)
+    let carries = |item: &&serde_json::Value| {
+        let of_call = item.get("metadata").and_then(|metadata| metadata.get("keybrake_call"));
+        of_call.and_then(serde_json::Value::as_str) == Some(stamp)
     };
     let found = items.iter().find(carries).cloned();
-    let has_more = page.get("has_more").and_then(Value::as_bool) == Some(true);
-    let last = items.last().and_then(|item| text(item, "id")).map(str::to_owned);
+    let has_more = page.get("has_more").and_then(serde_json::Value::as_bool) == Some(true);
+    let last = items.last().and_then(|item| item.get("id")?.as_str()).map(str::to_owned);
     Some((found, last.filter(|_| has_more)))
 }
 
@@ -166,7 +166,7 @@ pub fn proof_of_stamped(
 pub fn proof_of_object(lost: &Lost<'_>, held: Money, object: &[u8]) -> Proof {
     let Some((operation, ids)) = operation_of(lost.request) else { return Proof::None };
     let Some(Price { answers, terms: Terms::Use(verb), .. }) = operation.price else { return Proof::None };
-    let Ok(body) = serde_json::from_slice::<Value>(object) else { return Proof::None };
+    let Some(body) = json::read(object) else { return Proof::None };
     if text(&body, "id") != ids.first().copied() || text(&body, "object") != Some(answers.object()) {
         return Proof::None;
     }
@@ -243,7 +243,7 @@ pub fn final_record(
     rates: &Rates,
     body: &[u8],
 ) -> Option<Record> {
-    let body: Value = serde_json::from_slice(body).ok()?;
+    let body = json::read(body)?;
     let is_it = text(&body, "id") == Some(object_id) && text(&body, "object") == Some(answers.object());
     match record(answers, &body).filter(|_| is_it)? {
         Record::Ended => Some(Record::Ended),
@@ -257,15 +257,14 @@ pub fn final_record(
 
 /// The invoice that bills an item, by the item's record.
 pub fn invoice_of(item_id: &str, item: &[u8]) -> Option<String> {
-    let item: Value = serde_json::from_slice(item).ok()?;
+    let item = json::read(item)?;
     let is_it = text(&item, "id") == Some(item_id) && text(&item, "object") == Some("invoiceitem");
     reference(&item, "invoice").filter(|invoice| is_it && is_id(invoice))
 }
 
 /// What an item came to once its invoice was paid: nothing more where the invoice itself is counted.
 pub fn billed_item(item: &[u8], invoice: &[u8], held: Currency, invoice_is_counted: bool) -> Option<Record> {
-    let (item, invoice): (Value, Value) =
-        (serde_json::from_slice(item).ok()?, serde_json::from_slice(invoice).ok()?);
+    let (item, invoice) = (json::read(item)?, json::read(invoice)?);
     let is_paid = text(&invoice, "object") == Some("invoice") && text(&invoice, "status") == Some("paid");
     if !is_paid || text(&item, "currency").and_then(Currency::parse) != Some(held) {
         return None;
@@ -274,7 +273,7 @@ pub fn billed_item(item: &[u8], invoice: &[u8], held: Currency, invoice_is_count
     Some(Record::Moved { minor })
 }
 
-fn record(answers: Answers, body: &Value) -> Option<Record> {
+fn record(answers: Answers, body: &Value<'_>) -> Option<Record> {
     let moved = |minor| Some(if minor == 0 { Record::Ended } else { Record::Moved { minor } });
     let flag = |name| body.get(name).and_then(Value::as_bool) == Some(true);
     let of = |name| amount(body, name);

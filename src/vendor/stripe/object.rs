@@ -1,9 +1,8 @@
 //! Objects that are read before a call on them is priced, and what each one's own record says.
 
-use serde_json::Value;
-
 use crate::intent::{Seen, Verb};
 use crate::money::{AMOUNT_DIGITS_MAX, Currency, Money};
+use crate::vendor::stripe::json::{self, Value};
 use crate::vendor::stripe::pricing::{Answers, Price, Terms};
 use crate::vendor::stripe::request::Reading;
 
@@ -163,7 +162,7 @@ pub(super) fn is_id(text: &str) -> bool {
 
 /// What an object's record says. `None` when it cannot be read, or is not what was asked for.
 pub fn seen(look: &Look, purpose: Purpose, body: &[u8]) -> Option<Seen> {
-    let body: Value = serde_json::from_slice(body).ok()?;
+    let body = json::read(body)?;
     let asked = look.path.rsplit('/').next();
     if text(&body, "object") != Some(look.source.object()) || text(&body, "id") != asked {
         return None;
@@ -183,7 +182,7 @@ pub fn seen(look: &Look, purpose: Purpose, body: &[u8]) -> Option<Seen> {
 }
 
 /// The most that can still move, and what had moved before.
-fn figures(source: Source, purpose: Purpose, body: &Value) -> Option<(u64, u64)> {
+fn figures(source: Source, purpose: Purpose, body: &Value<'_>) -> Option<(u64, u64)> {
     let of = |name| amount(body, name);
     Some(match (source, purpose) {
         // What is captured is at most what was authorised.
@@ -215,7 +214,7 @@ fn figures(source: Source, purpose: Purpose, body: &Value) -> Option<(u64, u64)>
     })
 }
 
-fn captured(charge: &Value) -> Option<u64> {
+fn captured(charge: &Value<'_>) -> Option<u64> {
     let whole = amount(charge, "amount")?;
     // Stripe's own fixtures show 0 in `amount_captured` of a captured charge.
     Some(amount(charge, "amount_captured").filter(|captured| *captured > 0).unwrap_or(whole))
@@ -225,7 +224,7 @@ const fn left(whole: u64, gone: u64) -> u64 {
     whole.saturating_sub(gone)
 }
 
-fn is_draft(invoice: &Value) -> bool {
+fn is_draft(invoice: &Value<'_>) -> bool {
     text(invoice, "status") == Some("draft")
 }
 
@@ -234,7 +233,7 @@ pub fn billed_items(answers: Answers, body: &[u8]) -> Vec<String> {
     if answers != Answers::Invoice {
         return Vec::new();
     }
-    let Ok(body) = serde_json::from_slice::<Value>(body) else { return Vec::new() };
+    let Some(body) = json::read(body) else { return Vec::new() };
     // An item can leave a draft, and is billed by the next invoice then.
     if is_draft(&body) {
         return Vec::new();
@@ -244,23 +243,23 @@ pub fn billed_items(answers: Answers, body: &[u8]) -> Vec<String> {
 }
 
 /// The item of a line: newer versions name it under `parent`.
-fn item_of(line: &Value) -> Option<String> {
+fn item_of(line: &Value<'_>) -> Option<String> {
     let parent = line.get("parent").and_then(|parent| parent.get("invoice_item_details"));
     parent.and_then(|details| reference(details, "invoice_item")).or_else(|| reference(line, "invoice_item"))
 }
 
 /// The id in a field that may hold an id or the expanded object.
-pub(super) fn reference(object: &Value, field: &str) -> Option<String> {
+pub(super) fn reference(object: &Value<'_>, field: &str) -> Option<String> {
     let value = object.get(field)?;
     value.as_str().or_else(|| text(value, "id")).map(str::to_owned)
 }
 
-pub(super) fn text<'a>(object: &'a Value, field: &str) -> Option<&'a str> {
+pub(super) fn text<'a>(object: &'a Value<'_>, field: &str) -> Option<&'a str> {
     object.get(field).and_then(Value::as_str)
 }
 
 /// The same, or a higher one in its place where it is not there at all.
-pub(super) fn amount_or(object: &Value, field: &str, stand_in: &str) -> Option<u64> {
+pub(super) fn amount_or(object: &Value<'_>, field: &str, stand_in: &str) -> Option<u64> {
     match object.get(field) {
         None | Some(Value::Null) => amount(object, stand_in),
         Some(_) => amount(object, field),
@@ -268,7 +267,7 @@ pub(super) fn amount_or(object: &Value, field: &str, stand_in: &str) -> Option<u
 }
 
 /// An amount of at most twelve digits. A negative one is none.
-pub(super) fn amount(object: &Value, field: &str) -> Option<u64> {
+pub(super) fn amount(object: &Value<'_>, field: &str) -> Option<u64> {
     let ceiling = 10_u64.pow(u32::try_from(AMOUNT_DIGITS_MAX).unwrap_or(0));
     object.get(field).and_then(Value::as_u64).filter(|minor| *minor < ceiling)
 }
