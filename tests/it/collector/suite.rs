@@ -50,8 +50,9 @@ pub(super) async fn records_of_all_nodes_arrive_once_and_can_be_asked_for(kept: 
     let (key, _) = first.mint("50.00", json!({"label": "of-a"})).await;
     let (other, _) = second.mint("50.00", json!({"label": "of-b"})).await;
     assert_eq!(first.charge(&key, "one", 1000, "cus_1").await.status, 200);
-    assert_eq!(second.charge(&other, "two", 2000, "cus_2").await.status, 200);
+    // They are told in the order in which they arrive.
     collector.has_all_of(&first, "a").await;
+    assert_eq!(second.charge(&other, "two", 2000, "cus_2").await.status, 200);
     collector.has_all_of(&second, "b").await;
     let spent = collector.records("outcome=spent").await;
     let told: Vec<_> =
