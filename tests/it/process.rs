@@ -19,8 +19,8 @@ use crate::outcomes::nothing_is_found;
 use crate::standin::faults::{Fault, On, Scripted};
 use crate::standin::{Options, Standin};
 use crate::support::{
-    ADMIN_KEY, PATIENCE, STRIPE_KEY, Sidecar, client, environment, free_port, program, run, world, world_of,
-    world_with,
+    ADMIN_KEY, PATIENCE, STRIPE_KEY, Sidecar, client, environment, free_port, patient_client, program, run,
+    world, world_of, world_with,
 };
 
 type Env = BTreeMap<String, String>;
@@ -505,13 +505,15 @@ async fn tls_is_made_once_and_verified() {
 
     let first = std::fs::read(&ca).unwrap();
     let certificate = reqwest::Certificate::from_pem(&first).unwrap();
-    let trusting = reqwest::Client::builder().no_proxy().tls_certs_only([certificate]).build().unwrap();
+    let trusting = patient_client().tls_certs_only([certificate]).build().unwrap();
     for host in ["localhost", "127.0.0.1"] {
         let asked = trusting.get(format!("https://{host}:{port}/admin/vault_keys")).bearer_auth(ADMIN_KEY);
         assert_eq!(asked.send().await.unwrap().status(), 200, "{host}");
     }
     assert_eq!(over_h2(&address(port), &ca, "/admin/vault_keys").await.0, 200);
-    let stranger = client().get(format!("https://localhost:{port}/admin/vault_keys")).send().await;
+    // One that trusts what the system trusts.
+    let stranger = reqwest::Client::builder().no_proxy().build().unwrap();
+    let stranger = stranger.get(format!("https://localhost:{port}/admin/vault_keys")).send().await;
     assert!(stranger.is_err(), "a client that does not know the CA must not connect");
     let plain = client().get(format!("http://localhost:{port}/admin/vault_keys")).bearer_auth(ADMIN_KEY);
     assert!(plain.send().await.is_err(), "nothing is served in the clear");

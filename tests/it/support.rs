@@ -78,9 +78,15 @@ pub(crate) fn free_port() -> u16 {
 }
 
 pub(crate) fn client() -> reqwest::Client {
+    patient_client().timeout(PATIENCE).build().unwrap()
+}
+
+/// What makes a client that trusts nobody and waits for as long as it takes, unless it is told more.
+pub(crate) fn patient_client() -> reqwest::ClientBuilder {
     // The program never relies on a process default; reqwest in these tests does.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap()
+    // Else each client reads all authorities of the system, which costs more than most tests do otherwise.
+    reqwest::Client::builder().no_proxy().tls_certs_only([])
 }
 
 /// The environment of a sidecar in front of `standin`, without TLS, on free ports.
@@ -199,8 +205,7 @@ impl Sidecar {
     /// Trusts this authority alone from now on.
     pub(crate) fn trusts(&mut self, ca: &Path) {
         let authority = reqwest::Certificate::from_pem(&std::fs::read(ca).unwrap()).unwrap();
-        let trusting = reqwest::Client::builder().no_proxy().timeout(PATIENCE).tls_certs_only([authority]);
-        self.http = trusting.build().unwrap();
+        self.http = patient_client().timeout(PATIENCE).tls_certs_only([authority]).build().unwrap();
         self.ca = Some(ca.to_owned());
     }
 

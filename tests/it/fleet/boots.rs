@@ -9,7 +9,7 @@ use crate::fleet::proxy::AtCommit;
 use crate::fleet::{Fleet, money, until};
 use crate::postgres;
 use crate::standin::faults::{Fault, On, Scripted};
-use crate::support::Sidecar;
+use crate::support::{Sidecar, client, patient_client};
 
 pub(super) fn signal(sidecar: &Sidecar, signal: &str) {
     let sent = Command::new("kill").arg(signal).arg(sidecar.pid().to_string()).status().unwrap();
@@ -23,7 +23,7 @@ fn keep_records_back(fleet: &Fleet) {
 }
 
 async fn reasons(sidecar: &Sidecar) -> String {
-    reqwest::get(format!("{}/readyz", sidecar.ops)).await.unwrap().text().await.unwrap()
+    client().get(format!("{}/readyz", sidecar.ops)).send().await.unwrap().text().await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -34,7 +34,7 @@ async fn what_a_dead_sidecar_was_sending_is_sent_again_by_another_one() {
     keep_records_back(&fleet);
     fleet.standin.fault(Fault::HoldAfter);
     let [a, b] = fleet.sidecars.as_mut_slice() else { panic!("two") };
-    let asked = reqwest::Client::new().post(format!("{}/v1/charges", a.base));
+    let asked = patient_client().build().unwrap().post(format!("{}/v1/charges", a.base));
     let asked = asked.bearer_auth(&key).header("idempotency-key", "one");
     let asked = asked.header("content-type", "application/x-www-form-urlencoded");
     let asked = tokio::spawn(asked.body("amount=60&currency=usd&customer=cus_1&source=tok_visa").send());
@@ -62,7 +62,7 @@ async fn a_boot_that_was_only_slow_settles_what_it_learned() {
     // The second is made again by the other one meanwhile.
     fleet.standin.fault(Fault::HoldAfter.times(2));
     let slow = async |name| {
-        let asked = reqwest::Client::new().post(format!("{}/v1/charges", a.base));
+        let asked = patient_client().build().unwrap().post(format!("{}/v1/charges", a.base));
         let asked = asked.bearer_auth(&key).header("idempotency-key", name);
         let asked = asked.header("content-type", "application/x-www-form-urlencoded");
         asked.body("amount=60&currency=usd&customer=cus_1&source=tok_visa").send().await.unwrap()

@@ -21,7 +21,7 @@ use crate::fleet::proxy::{AtCommit, Proxy};
 use crate::postgres::Server;
 use crate::standin::bank::Executed;
 use crate::standin::faults::Fault;
-use crate::support::{ADMIN_KEY, PATIENCE, Sidecar};
+use crate::support::{ADMIN_KEY, PATIENCE, Sidecar, patient_client};
 
 const SIDECARS: usize = 10;
 const CLIENTS: usize = 200;
@@ -259,7 +259,7 @@ async fn whatever_fails_no_cap_is_passed_and_nothing_is_done_twice() {
             sidecars: sidecars.into_iter().map(Mutex::new).collect(),
             proxies,
             keys,
-            http: reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(15)).build().unwrap(),
+            http: patient_client().timeout(Duration::from_secs(15)).build().unwrap(),
             over: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
         });
