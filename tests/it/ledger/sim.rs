@@ -31,7 +31,7 @@ use node::{BY_CONTENT, Done, Flight, Node, Unsure};
 use stripe::{Answer, Object, State, Stripe, plain};
 
 /// Histories that are run when nobody says otherwise, and steps of each.
-const HISTORIES: u64 = 150;
+const HISTORIES: u64 = 60;
 const STEPS: usize = 70;
 /// A request that was let through leaves within its deadline, or not at all.
 const SENT_WITHIN_MS: u64 = HOUR_MS / 4;
