@@ -13,6 +13,7 @@ from pathlib import Path
 from engine import CACHE, INSTALL_TIMEOUT_S, PULL_TIMEOUT_S, CommandError, Engine, command, installed, missing
 from rig.process import REPO
 
+HERE = Path(__file__).resolve().parent
 SUITE = "bookworm"
 DEBIAN = f"debian:{SUITE}-slim"
 # Not under the name of the image that it stands for: that one may be wanted later on the same engine.
@@ -45,6 +46,21 @@ def debian(engine: Engine) -> str:
             engine.docker("rm", name)
         return own
     return made(engine, own, "python3")
+
+
+def postgres(engine: Engine) -> str:
+    """Kestra's database: the default of the compose file, or a stand-in that starts as that does."""
+    fleet = (REPO / "docker" / "compose.fleet.yaml").read_text()
+    default = re.search(r"\$\{POSTGRES_IMAGE:-(.+)\}$", fleet, re.MULTILINE)
+    assert default, "the compose file names the image of the database"
+    if pulled(engine, default[1]):
+        return default[1]
+    own = f"{OURS}/postgres"
+    build = ["build", "--file", str(HERE / "Dockerfile.postgres"), "--build-arg", f"BASE={debian(engine)}"]
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copy(HERE / "postgres.sh", directory)
+        engine.docker(*build, "--tag", own, directory, timeout_s=INSTALL_TIMEOUT_S)
+    return own
 
 
 def pulled(engine: Engine, name: str) -> str | None:

@@ -77,11 +77,16 @@ def task_image(engine: Engine) -> str:
         compiled = shutil.ignore_patterns("*.so", "__pycache__", "pip", "setuptools")
         shutil.copytree(site, context / "site-packages", ignore=compiled)
         (context / "scripts").mkdir()
-        for script in (HERE / "worker.py", HERE / "relay.py", DEMO_TASK):
+        for script in (HERE / "worker.py", HERE / "relay.py", HERE / "client.py", DEMO_TASK):
             shutil.copy(script, context / "scripts")
         build = ["build", "--file", str(HERE / "Dockerfile.task"), "--build-arg", f"BASE={base}", "--tag", TASK_IMAGE]
         engine.docker(*build, directory, timeout_s=BUILD_TIMEOUT_S)
     return TASK_IMAGE
+
+
+@pytest.fixture(scope="session")
+def postgres_image(engine: Engine) -> str:
+    return bases.postgres(engine)
 
 
 @dataclass
@@ -101,6 +106,7 @@ class Stage:
         self.admin_key = secrets.token_hex(32)
         self.tokens = [secrets.token_hex(32), secrets.token_hex(32)]
         self.query_key = secrets.token_hex(32)
+        self.ledger_password = secrets.token_hex(32)
         for name, text in {
             "admin_key": self.admin_key,
             "stripe_key": self.standin.secret_key,
@@ -108,6 +114,7 @@ class Stage:
             "token_2": self.tokens[1],
             "tokens": f"worker-1 {self.tokens[0]}\nworker-2 {self.tokens[1]}",
             "query_key": self.query_key,
+            "ledger_password": self.ledger_password,
         }.items():
             self.secret(name, text)
 

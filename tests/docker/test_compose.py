@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ PROCESS = REPO / "docker" / "compose.process.yaml"
 ALIAS = REPO / "docker" / "compose.alias.yaml"
 FLEET = REPO / "docker" / "compose.fleet.yaml"
 POSTGRES = REPO / "docker" / "compose.postgres.yaml"
+# One that a user adds.
+THIRD = HERE / "third.fleet.yaml"
 STANDIN = HERE / "standin.compose.yaml"
 SHARED = "container:{container}"
 # Exits 0 when somebody listens there, whatever the name or the address is.
@@ -27,6 +30,13 @@ REACH = "import socket,sys; socket.create_connection((sys.argv[1], int(sys.argv[
 
 def project(stage: Stage, compose: Compose, *files: Path) -> Project:
     return Project(stage, compose, list(files), stage.settings())
+
+
+def fleet(stage: Stage, compose: Compose, postgres_image: str, *files: Path) -> Project:
+    """With a real database."""
+    ours = project(stage, compose, *files, HERE / "standin.fleet.yaml")
+    ours.settings["POSTGRES_IMAGE"] = postgres_image
+    return ours
 
 
 def read(stage: Stage, compose: Compose, *files: Path) -> dict[str, Any]:
@@ -155,10 +165,10 @@ def networks(stage: Stage, container: str) -> dict[str, dict[str, Any]]:
     return stage.engine.inspect(container)["NetworkSettings"]["Networks"]
 
 
-def test_a_fleet_ships_to_its_collector(stage: Stage, compose: Compose, customer: str) -> None:
+def test_a_fleet_ships_to_its_collector(stage: Stage, compose: Compose, postgres_image: str, customer: str) -> None:
     services = read(stage, compose, FLEET)
     assert {"kestra", "postgres", "worker-1", "worker-2", "keybrake-1", "keybrake-2", "collector"} == set(services)
-    ours = project(stage, compose, FLEET, HERE / "standin.fleet.yaml")
+    ours = fleet(stage, compose, postgres_image, FLEET)
     ours.up()
     for number in ("1", "2"):
         sidecar = f"{ours.settings['KEYBRAKE_CONTAINER']}-{number}"
@@ -226,6 +236,162 @@ def test_a_fleet_has_one_ledger_in_kestras_database(stage: Stage, compose: Compo
         assert ("postgres-socket", maker["environment"]["PGHOST"]) in [
             (volume["source"], volume["target"]) for volume in service["volumes"]
         ]
+
+
+def test_what_one_worker_charged_the_other_one_knows(
+    stage: Stage, compose: Compose, postgres_image: str, customer: str
+) -> None:
+    ours = fleet(stage, compose, postgres_image, FLEET, POSTGRES)
+    ours.up()
+    ours.give_issuer_key(f"{ours.settings['KEYBRAKE_CONTAINER']}-1")
+    charged = ours.task(customer, SHARED, worker="worker-1")
+    assert ours.task(customer, SHARED, worker="worker-2") == charged
+    assert len(stage.standin.executed(customer)) == 1
+
+    # One key, for one charge of 29.99 and a second that is no larger than 20.01.
+    key = asked(ours, "worker-1", "mint", "50.00")["body"]["vault_key"]
+    other = f"{customer}other"
+    first = asked(ours, "worker-2", "charge", key, other, "2999", f"{other}:1")
+    assert (first["status"], first["replayed"]) == (200, False)
+    again = asked(ours, "worker-1", "charge", key, other, "2999", f"{other}:1")
+    assert (again["body"]["id"], again["replayed"]) == (first["body"]["id"], True)
+    over = asked(ours, "worker-1", "charge", key, other, "2002", f"{other}:2")
+    assert (over["status"], over["body"]["error"]["code"]) == (429, "spend_cap_exceeded")
+    within = asked(ours, "worker-1", "charge", key, other, "2001", f"{other}:2")
+    assert (within["status"], within["replayed"]) == (200, False)
+    assert [row["amount"] for row in stage.standin.executed(other)] == [2999, 2001]
+
+    # What each had to do with is in its own chain of records.
+    def recorded() -> set[tuple[str, str]] | None:
+        rows = ask_collector(ours, f"/audit?customer={other}")
+        return {(row["node"], row["decision"]) for row in rows} if len(rows) == 4 else None
+
+    records = wait_until("both sidecars have shipped all", recorded)
+    assert records == {
+        ("worker-2", "forwarded"),
+        ("worker-1", "replayed"),
+        ("worker-1", "refused"),
+        ("worker-1", "forwarded"),
+    }
+
+    ours.run("stop")
+    last = [f"{stage.name}-worker-1-1", f"{ours.settings['KEYBRAKE_CONTAINER']}-1", f"{stage.name}-postgres-1"]
+    ended = [stage.engine.inspect(name)["State"] for name in last]
+    assert [state["ExitCode"] for state in ended] == [0, 0, 0]
+    # Calls end before the ledger does.
+    assert ended == sorted(ended, key=lambda state: state["FinishedAt"])
+
+
+def test_a_worker_that_is_added_knows_what_the_others_charged(
+    stage: Stage, compose: Compose, postgres_image: str, customer: str
+) -> None:
+    ours = fleet(stage, compose, postgres_image, FLEET, POSTGRES)
+    ours.up()
+    sidecar = ours.settings["KEYBRAKE_CONTAINER"]
+    ours.give_issuer_key(f"{sidecar}-1")
+    charged = ours.task(customer, SHARED, worker="worker-1")
+    before = stage.engine.inspect(f"{sidecar}-1")["State"]["StartedAt"]
+
+    token = secrets.token_hex(32)
+    stage.secret("token_3", token)
+    # Added to the file that is there: another one of that name would not be the one that the container sees.
+    known = stage.secrets / "tokens"
+    known.chmod(0o644)
+    with known.open("a") as file:
+        file.write(f"worker-3 {token}\n")
+    ours.run("kill", "--signal", "HUP", "collector")
+    ours.files += [THIRD, HERE / "standin.third.yaml"]
+    ours.up()
+    assert ours.task(customer, SHARED, worker="worker-3") == charged
+    assert len(stage.standin.executed(customer)) == 1
+    # It charges as well, and nobody else was made anew for it.
+    own = f"{customer}3"
+    assert re.fullmatch(rf"{own} ch_\w+", ours.task(own, SHARED, worker="worker-3"))
+    assert stage.engine.inspect(f"{sidecar}-1")["State"]["StartedAt"] == before
+    nodes = {"worker-1", "worker-2", "worker-3"}
+    wait_until("it ships", lambda: nodes == {node["node"] for node in ask_collector(ours, "/audit/nodes")})
+
+
+def test_a_fleet_charges_nothing_while_its_database_is_gone(
+    stage: Stage, compose: Compose, postgres_image: str, customer: str
+) -> None:
+    ours = fleet(stage, compose, postgres_image, FLEET, POSTGRES)
+    sidecars = [f"{ours.settings['KEYBRAKE_CONTAINER']}-{number}" for number in (1, 2)]
+    ours.up()
+    ours.give_issuer_key(sidecars[0])
+    key = asked(ours, "worker-1", "mint", "50.00")["body"]["vault_key"]
+    first = asked(ours, "worker-1", "charge", key, customer, "2999", f"{customer}:1")
+    assert first["status"] == 200
+
+    # As the kernel does it when memory runs out.
+    ours.run("kill", "postgres")
+    for worker in ("worker-1", "worker-2"):
+        # The one that was answered before, and another.
+        for number in (1, 2):
+            refused = asked(ours, worker, "charge", key, customer, "2999", f"{customer}:{number}")
+            assert (refused["status"], refused["body"]["error"]["code"]) == (503, "ledger_unavailable")
+    for sidecar in sidecars:
+        with pytest.raises(CommandError, match="exit code 1"):
+            stage.engine.docker("exec", sidecar, "/keybrake", "health")
+
+    # One that is started meanwhile ends, and is started again until the database is there.
+    stage.engine.docker("restart", sidecars[1])
+    wait_until("it is started again", lambda: restarts(stage, sidecars[1]) > 0)
+    ours.run("start", "postgres")
+
+    def answered() -> dict[str, Any] | None:
+        answer = asked(ours, "worker-1", "charge", key, customer, "2999", f"{customer}:1")
+        return answer if answer["status"] != 503 else None
+
+    again = wait_until("a charge is answered again", answered)
+    assert (again["status"], again["body"]["id"], again["replayed"]) == (200, first["body"]["id"], True)
+    # By itself.
+    assert restarts(stage, sidecars[0]) == 0
+    wait_until("the other one is healthy", lambda: stage.engine.health(sidecars[1]) == "healthy")
+    again = asked(ours, "worker-2", "charge", key, customer, "2999", f"{customer}:1")
+    assert (again["status"], again["body"]["id"], again["replayed"]) == (200, first["body"]["id"], True)
+    assert len(stage.standin.executed(customer)) == 1
+
+
+def restarts(stage: Stage, container: str) -> int:
+    return stage.engine.inspect(container)["RestartCount"]
+
+
+def test_the_database_of_a_fleet_opens_to_its_password_alone(
+    stage: Stage, compose: Compose, postgres_image: str, customer: str
+) -> None:
+    ours = fleet(stage, compose, postgres_image, FLEET, POSTGRES)
+    ours.up()
+    look = ["python3", "-c", "import os; print(os.path.exists('/run/postgresql'))"]
+    ours.give_issuer_key(f"{ours.settings['KEYBRAKE_CONTAINER']}-1")
+    assert ours.task(customer, SHARED, worker="worker-1", command=look) == "False"
+    find = ["python3", "-c", "import socket; print(socket.gethostbyname('postgres'))"]
+    with pytest.raises(CommandError, match="gaierror"):
+        ours.task(customer, SHARED, worker="worker-1", command=find)
+
+    def rows(role: str, database: str, *environment: str) -> str:
+        given = [part for one in environment for part in ("--env", one)]
+        ask = ["psql", "--no-psqlrc", "--no-password", "--tuples-only", "--username", role, "--dbname", database]
+        count = "SELECT count(*) > 0 FROM information_schema.tables WHERE table_schema = 'keybrake'"
+        return ours.run("exec", "-T", *given, "postgres", *ask, "--command", count).strip()
+
+    assert rows("keybrake", "keybrake", f"PGPASSWORD={stage.ledger_password}") == "t"
+    # By the socket, as the sidecars come.
+    with pytest.raises(CommandError, match="no password supplied"):
+        rows("keybrake", "keybrake")
+    with pytest.raises(CommandError, match="password authentication failed"):
+        rows("keybrake", "keybrake", "PGPASSWORD=another")
+    # It comes from the file: nobody else finds it by looking at containers.
+    ids = ours.run("ps", "--all", "--quiet").split()
+    assert len(ids) >= 8
+    for one in ids:
+        assert stage.ledger_password not in json.dumps(stage.engine.inspect(one))
+
+
+def asked(ours: Project, worker: str, *arguments: str) -> dict[str, Any]:
+    """What a task of this worker is told."""
+    ask = ["python3", "/test/client.py", *arguments]
+    return json.loads(ours.task("nobody", SHARED, worker=worker, command=ask))
 
 
 def ask_collector(ours: Project, path: str) -> list[dict[str, Any]]:
