@@ -82,7 +82,8 @@ test-helm: ## the overlay of kestra/helm in Kestra's chart, rendered by Helm's e
 
 MUSL = $(shell uname -m)-unknown-linux-musl
 test-k8s: export KEYBRAKE_TEST_BUILT ?= $(or $(CARGO_TARGET_DIR),target)/$(MUSL)/release
-# Debian's musl-tools, containerd, runc, containernetworking-plugins, etcd-server, busybox-static, and Go or its wheel.
+# Debian's musl-tools, containerd, runc, containernetworking-plugins, etcd-server, busybox-static, postgresql, and Go or its
+# wheel.
 test-k8s: ## CHARTS=kestra installed in a real Kubernetes of one node, which is built first; needs root and an hour once
 	rustup target add $(MUSL)
 	cargo build --locked --release --target $(MUSL) --bin keybrake --example stripe-standin

@@ -29,6 +29,8 @@ POD_TIMEOUT_S = 180.0
 COMMAND_TIMEOUT_S = 60.0
 BRIDGE = "kb-test0"
 PODS = "10.88.77.0/24"
+# This machine, as pods see it.
+GATEWAY = "10.88.77.1"
 SERVICES = "10.88.78.0/24"
 PAUSE = "localhost/pause:1"
 CNI_PLUGINS = Path("/usr/lib/cni")
@@ -216,6 +218,13 @@ class Cluster:
         self._start_kubelet()
 
     def _start_containerd(self) -> None:
+        # The first pod would make it; something that pods call may want to listen there before.
+        for command in (
+            ["link", "add", BRIDGE, "type", "bridge"],
+            ["address", "add", f"{GATEWAY}/24", "dev", BRIDGE],
+            ["link", "set", BRIDGE, "up"],
+        ):
+            run(["ip", *command]).check_returncode()
         network = {
             "cniVersion": "0.4.0",
             "name": "test",

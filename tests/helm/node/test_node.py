@@ -2,7 +2,7 @@
 
 Two things are played: Kestra by a script that asks the sidecar what a worker's tasks would, and Stripe by the stand-in,
 one more native sidecar because it listens on loopback only. The worker's deployment with its probes, volumes and
-Secrets is what the chart renders.
+Secrets is what the chart renders, and the database of several workers is a PostgreSQL.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import secrets
 import shutil
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ from typing import Any, Iterator
 
 import helm_python as helm
 import pytest
+import yaml
 from rig.http import TIMEOUT_S, call, strict_context
 from rig.process import Child, free_port, wait_until
 
-from chart import BASE, PERSISTENT, Manifest, Rendered, charts, plain, values
+from chart import BASE, HELM, PERSISTENT, POSTGRES, Manifest, Rendered, charts, plain, values
 from cluster import POD_TIMEOUT_S, Cluster, Image, missing, seconds
+from database import Database, database
 
 STRIPE_KEY = f"rk_test_{secrets.token_hex(12)}"
 ADMIN_KEY = secrets.token_hex(32)
@@ -68,11 +72,13 @@ class Release:
 
     cluster: Cluster
     namespace: str
+    # What makes the pods.
+    worker: str = WORKER
 
     def kubectl(self, *arguments: str, **options: Any) -> str:
         return self.cluster.kubectl("-n", self.namespace, *arguments, **options)
 
-    def install(self, *overlays: str) -> None:
+    def install(self, *overlays: str, ledger: Database | None = None) -> None:
         given = values(*overlays)
         deployments = given["deployments"]
         for name in ("webserver", "executor", "scheduler", "indexer"):
@@ -81,6 +87,11 @@ class Release:
         worker["initContainers"][0]["env"].append(
             {"name": "KEYBRAKE_STRIPE_API_BASE", "value": f"http://127.0.0.1:{STANDIN_PORT}"}
         )
+        if ledger:
+            # The line that is there for an authority of one's own.
+            told = re.search(r"# - (\{name: KEYBRAKE_LEDGER_CA_FILE, .+\})\n", (HELM / POSTGRES).read_text())
+            assert told
+            worker["initContainers"][0]["env"].append(yaml.safe_load(told[1]))
         standin = {
             "name": "stripe",
             "image": "standin:1",
@@ -93,6 +104,11 @@ class Release:
         keys = Rendered(plain("secrets.example.yaml")).named("Secret", "keybrake")
         keys["stringData"] = {"stripe-secret-key": f"{STRIPE_KEY}\n", "admin-key": ADMIN_KEY}
         self.cluster.apply(keys, namespace=self.namespace)
+        if ledger:
+            way = Rendered(plain("secrets.example.yaml")).named("Secret", "keybrake-ledger")
+            way["stringData"] |= {"ledger-url": ledger.url, "ledger-password": f"{ledger.password}\n"}
+            way["stringData"]["ledger-ca.pem"] = ledger.authority
+            self.cluster.apply(way, namespace=self.namespace)
         if PERSISTENT in overlays:
             self.cluster.apply(*plain("ledger-claim.yaml"), namespace=self.namespace)
         since = time.monotonic()
@@ -102,12 +118,15 @@ class Release:
         seconds(f"{self.namespace}: ready after helm install", since)
 
     def ready(self) -> None:
-        self.kubectl("rollout", "status", WORKER, f"--timeout={POD_TIMEOUT_S:.0f}s", patience_s=POD_TIMEOUT_S)
+        self.kubectl("rollout", "status", self.worker, f"--timeout={POD_TIMEOUT_S:.0f}s", patience_s=POD_TIMEOUT_S)
 
     def pod(self) -> Manifest:
         """The one pod of the worker that is not on its way out."""
         (pod,) = self.pods()
         return pod
+
+    def named(self, pod: str) -> Manifest:
+        return self.cluster.get("-n", self.namespace, "pod", pod)
 
     def pods(self) -> list[Manifest]:
         pods = self.cluster.get("-n", self.namespace, "pods", "-l", SELECTOR)["items"]
@@ -121,23 +140,24 @@ class Release:
         logs = ["-n", self.namespace, "logs", "-f", "--timestamps", name, "-c", container]
         return self.cluster.follow(f"{self.namespace}-{container}", *logs)
 
-    def keybrake(self, *arguments: str) -> Any:
+    def keybrake(self, *arguments: str, pod: str = WORKER) -> Any:
         """A client command in the sidecar's own container, as an operator gives it."""
-        return json.loads(self.kubectl("exec", WORKER, "-c", "keybrake", "--", "/keybrake", *arguments, "--json"))
+        return json.loads(self.kubectl("exec", pod, "-c", "keybrake", "--", "/keybrake", *arguments, "--json"))
 
-    def forwarded(self) -> Task:
+    def forwarded(self, pod: str = WORKER) -> Task:
         """A way to the pod's loopback, as a task has it."""
         sidecar, stripe = free_port(), free_port()
         ports = [f"{sidecar}:8443", f"{stripe}:{STANDIN_PORT}"]
-        child = self.cluster.follow(f"{self.namespace}-forward", "-n", self.namespace, "port-forward", WORKER, *ports)
+        child = self.cluster.follow(f"{self.namespace}-forward", "-n", self.namespace, "port-forward", pod, *ports)
 
         def listening() -> bool:
             child.must_run("kubectl port-forward")
             return child.log.read_text().count("Forwarding from 127.0.0.1") >= 2
 
         wait_until("ports are forwarded", listening)
-        ca = self.cluster.workdir / f"{self.namespace}-ca.pem"
-        ca.write_text(self.kubectl("exec", WORKER, "-c", "kestra-worker", "--", "cat", "/etc/keybrake/ca.pem"))
+        # Each pod has its own, also in a fleet.
+        ca = self.cluster.workdir / f"{self.namespace}-{sidecar}-ca.pem"
+        ca.write_text(self.kubectl("exec", pod, "-c", "kestra-worker", "--", "cat", "/etc/keybrake/ca.pem"))
         return Task(f"https://localhost:{sidecar}", ca, f"http://127.0.0.1:{stripe}", child)
 
 
@@ -161,13 +181,20 @@ class Task:
         context = strict_context(self.ca)
         return call("POST", f"{self.url}/admin/vault_keys", policy, bearer=bearer, context=context)["vault_key"]
 
-    def charge(self, vault_key: str) -> tuple[str, bool]:
-        """Always the same charge: its id, and whether it was answered from memory."""
+    def charge(self, vault_key: str, month: str = "2026-07") -> tuple[str, bool]:
+        """The charge of a month, always the same: its id, and whether it was answered from memory."""
         form = {"amount": "2999", "currency": "usd", "customer": "cus_9"}
-        headers = {"Authorization": f"Bearer {vault_key}", "Idempotency-Key": "billing:2026-07:cus_9"}
+        headers = {"Authorization": f"Bearer {vault_key}", "Idempotency-Key": f"billing:{month}:cus_9"}
         request = urllib.request.Request(f"{self.url}/v1/charges", urllib.parse.urlencode(form).encode(), headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=strict_context(self.ca)) as answer:
             return json.load(answer)["id"], answer.headers["Idempotent-Replayed"] == "true"
+
+    def refused(self, vault_key: str, month: str = "2026-07") -> tuple[int, str]:
+        """Status and code of a charge that is not let through."""
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            self.charge(vault_key, month)
+        with caught.value as answer:
+            return answer.code, json.load(answer)["error"]["code"]
 
     def executed(self) -> list[Any]:
         """What the stand-in of this pod has charged."""
@@ -273,13 +300,100 @@ def test_the_pod_after_a_deleted_one_waits_for_the_ledger(lasting: Release) -> N
     assert task.charge(task.mint(ADMIN_KEY)) == (charge, True)
 
 
+@pytest.fixture(scope="module")
+def ledger(cluster: Cluster) -> Iterator[Database]:
+    with database() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: Cluster, ledger: Database) -> Release:
+    release = Release(cluster, "fleet", "statefulset/kestra-worker")
+    release.install(BASE, POSTGRES, ledger=ledger)
+    return release
+
+
+def test_what_one_pod_charged_the_others_know(fleet: Release) -> None:
+    release = fleet
+    names = sorted(pod["metadata"]["name"] for pod in release.pods())
+    assert names == [f"kestra-worker-{number}" for number in range(3)]
+    for name in names:
+        assert release.log("kestra-worker", name).startswith("start: keybrake: 401 vault_key_invalid")
+    one, other = release.forwarded(names[0]), release.forwarded(names[1])
+    vault_key = one.mint(ADMIN_KEY)
+    charge, replayed = one.charge(vault_key)
+    assert not replayed
+    assert other.charge(vault_key) == (charge, True)
+    # The cap has no room for a second one, wherever it is asked for.
+    assert other.refused(vault_key, "2026-08") == (429, "spend_cap_exceeded")
+    assert (len(one.executed()), other.executed()) == (1, [])
+
+    since = time.monotonic()
+    release.cluster.kill(statuses(release.named(names[0]), "initContainerStatuses")["keybrake"]["containerID"])
+    assert other.charge(vault_key) == (charge, True)
+    wait_until("the sidecar is back", lambda: restarts(release, "keybrake", names[0]) == 1, POD_TIMEOUT_S)
+    seconds("fleet: ready after SIGKILL", since)
+    assert restarts(release, "kestra-worker", names[0]) == 0
+    one = release.forwarded(names[0])
+    assert one.charge(vault_key) == (charge, True)
+    assert [(row["customer"], row["amount"]) for row in one.executed()] == [("cus_9", 2999)]
+
+    since = time.monotonic()
+    release.kubectl("rollout", "restart", release.worker)
+    release.ready()
+    seconds("fleet: a rollout of three pods, of which each drains 4 s", since)
+    # Pods of the same names go on with what those before them knew and wrote.
+    one = release.forwarded(names[0])
+    assert (one.charge(vault_key), one.executed()) == ((charge, True), [])
+    assert {"forwarded", "replayed"} <= {
+        row["decision"] for row in release.keybrake("audit", "query", "customer=cus_9", pod=names[0])["data"]
+    }
+    for name in names:
+        assert release.keybrake("audit", "verify", pod=name)["whole"] is True
+
+
+def test_pods_wait_for_their_database(fleet: Release, ledger: Database) -> None:
+    release = fleet
+    names = sorted(pod["metadata"]["name"] for pod in release.pods())
+    task = release.forwarded(names[1])
+    vault_key = task.mint(ADMIN_KEY)
+    charge, _ = task.charge(vault_key)
+    before = [restarts(release, "keybrake", name) for name in names]
+    last = statuses(release.named(names[2]), "initContainerStatuses")["keybrake"]["containerID"]
+    ledger.crash()
+    assert task.refused(vault_key) == (503, "ledger_unavailable")
+    since = time.monotonic()
+
+    def ready() -> list[str]:
+        return [name for name in names if restarts(release, "keybrake", name) is not None]
+
+    wait_until("no pod is ready", lambda: not ready(), POD_TIMEOUT_S)
+    seconds("fleet: all pods unready after the database went", since)
+    # Nothing was restarted. What has to start now ends, until it finds the database.
+    assert [count(release, name) for name in names] == before
+    release.cluster.kill(last)
+    wait_until("it was started in vain", lambda: count(release, names[2]) > before[2] + 1, POD_TIMEOUT_S)
+    ledger.start()
+    since = time.monotonic()
+    release.ready()
+    seconds("fleet: all pods ready after it came back", since)
+    assert [restarts(release, "keybrake", name) for name in names[:2]] == before[:2]
+    assert task.charge(vault_key) == (charge, True)
+    assert release.forwarded(names[2]).charge(vault_key) == (charge, True)
+
+
+def count(release: Release, name: str) -> int:
+    """How often the sidecar of a pod was started again, ready or not."""
+    return statuses(release.named(name), "initContainerStatuses")["keybrake"]["restartCount"]
+
+
 def statuses(pod: Manifest, name: str) -> dict[str, Manifest]:
     return {status["name"]: status for status in pod["status"][name]}
 
 
-def restarts(release: Release, container: str) -> int | None:
-    """How often it was started again; None while it is not ready."""
-    pod = release.pod()
+def restarts(release: Release, container: str, name: str = "") -> int | None:
+    """How often it was started again, in the one pod or that of a name; None while it is not ready."""
+    pod = release.named(name) if name else release.pod()
     status = {**statuses(pod, "initContainerStatuses"), **statuses(pod, "containerStatuses")}[container]
     return status["restartCount"] if status["ready"] else None
 
