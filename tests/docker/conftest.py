@@ -285,7 +285,7 @@ def make_stage(engine: Engine, image: str, task_image: str, latency_ms: int = 0)
 
 def remove_all(engine: Engine, name: str) -> None:
     """Whatever is left of a stage, by its name."""
-    for kind, remove in (("ps --all", "rm --force"), ("volume ls", "volume rm"), ("network ls", "network rm")):
+    for kind, remove in (("ps --all", "rm --force --volumes"), ("volume ls", "volume rm"), ("network ls", "network rm")):
         found = engine.docker(*kind.split(), "--quiet", "--filter", f"name={name}").split()
         if found:
             engine.docker(*remove.split(), *found)

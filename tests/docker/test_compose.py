@@ -382,10 +382,13 @@ def test_the_database_of_a_fleet_opens_to_its_password_alone(
     with pytest.raises(CommandError, match="password authentication failed"):
         rows("keybrake", "keybrake", "PGPASSWORD=another")
     # It comes from the file: nobody else finds it by looking at containers.
-    ids = ours.run("ps", "--all", "--quiet").split()
-    assert len(ids) >= 8
-    for one in ids:
-        assert stage.ledger_password not in json.dumps(stage.engine.inspect(one))
+    containers = [stage.engine.inspect(one) for one in ours.run("ps", "--all", "--quiet").split()]
+    assert len(containers) >= 8
+    for one in containers:
+        assert stage.ledger_password not in json.dumps(one)
+        # Nor does any leave a volume behind that nobody knows by name.
+        nameless = [mount for mount in one["Mounts"] if re.fullmatch(r"[0-9a-f]{64}", mount.get("Name", ""))]
+        assert not nameless, (one["Name"], nameless)
 
 
 def asked(ours: Project, worker: str, *arguments: str) -> dict[str, Any]:
