@@ -141,8 +141,6 @@ pub(super) struct Begun {
     pub(super) at: UnixMs,
     /// Whether others took this run of the process for gone.
     pub(super) fenced: bool,
-    /// Whether all locks are held. Where not, the transaction is over, and those that were missing are there now.
-    pub(super) locked: bool,
 }
 
 /// A session, and the statements that it knows.
@@ -155,6 +153,7 @@ pub(super) struct Session {
     /// Upwards and downwards.
     parts: Vec<[Statement; 2]>,
     claim: Statement,
+    make_locks: Statement,
     lock: Statement,
     beat: Statement,
 }
@@ -200,6 +199,7 @@ impl Session {
             "SELECT fenced, (extract(epoch FROM clock_timestamp()) * 1000)::bigint FROM boots
              WHERE boot = $1 FOR UPDATE"
                 .to_owned(),
+            "INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING".to_owned(),
             "SELECT slot FROM locks WHERE slot = ANY($1::integer[]) ORDER BY slot FOR UPDATE".to_owned(),
             "UPDATE boots SET batch = $2, seen = clock_timestamp() WHERE boot = $1".to_owned(),
         ];
@@ -223,14 +223,20 @@ impl Session {
         let mut known = known?.into_iter();
         let gone = || DatabaseError::Unavailable("a statement was not prepared".to_owned());
         let mut next = || known.next().ok_or_else(gone);
-        let (load, claim, lock, beat) = (next()?, next()?, next()?, next()?);
+        let (load, claim, make_locks, lock, beat) = (next()?, next()?, next()?, next()?, next()?);
         let put = (0..TABLES).map(|_| next()).collect::<Result<_, _>>()?;
         let remove = (0..TABLES).map(|_| next()).collect::<Result<_, _>>()?;
         let parts = (0..TABLES).map(|_| Ok([next()?, next()?])).collect::<Result<_, DatabaseError>>()?;
-        Ok(Self { connection, own, load, put, remove, parts, claim, lock, beat })
+        Ok(Self { connection, own, load, put, remove, parts, claim, make_locks, lock, beat })
     }
 
     /// Begins a transaction of this run of the process, locks and loads, all in one round trip.
+    ///
+    /// Locks that are not there yet are made by the transaction itself, then all are taken, each time in the order of their
+    /// slots. While it makes them it may wait for another that is making the same one, and has itself only made lower ones.
+    /// Once it takes them it waits for no maker any more, only for takers, and has itself only taken lower ones, beside
+    /// those that it made, which nobody else sees yet. So nobody waits in a circle. What was made meanwhile is seen when it
+    /// is taken: each statement sees all that is committed when it begins.
     pub(super) async fn begin(
         &self,
         boot: BootId,
@@ -246,6 +252,7 @@ impl Session {
         let asked: Vec<Answered<'_, Vec<tokio_postgres::Row>>> = vec![
             Box::pin(async { connection.batch_execute("BEGIN").await.map(|()| Vec::new()) }),
             Box::pin(async { connection.query(&self.claim, &claims).await }),
+            Box::pin(async { connection.query(&self.make_locks, &slots).await }),
             Box::pin(async { connection.query(&self.lock, &slots).await }),
         ];
         let (claim, found) =
@@ -254,20 +261,18 @@ impl Session {
         let mut next = || claim.next().unwrap_or_else(|| Ok(Vec::new()));
         next()?;
         let own = next()?;
+        next()?;
         let held = next()?.len();
         let row = own.first();
         found?;
         let fenced = row.map_or(Ok(true), |row| row.try_get::<_, bool>(0))?;
         let at = row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?;
-        let locked = held == locks.len();
-        if !locked || fenced {
+        if fenced {
             self.rollback().await?;
+        } else if held != locks.len() {
+            return Err(DatabaseError::Unavailable("a lock is missing".to_owned()));
         }
-        if !locked && !fenced {
-            let made = "INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING";
-            in_time(async { Ok(self.connection.execute(made, &[&locks]).await?) }).await?;
-        }
-        Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced, locked })
+        Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced })
     }
 
     /// Loads rows.

@@ -329,10 +329,6 @@ impl Writer {
         if begun.fenced {
             return Err(Trouble::Fenced);
         }
-        if !begun.locked {
-            // They are there now.
-            return Err(Trouble::Wider);
-        }
         self.store.note_time(begun.at);
         // One moment for all rounds: what is due depends on it, and would have to be loaded anew for each.
         let now = self.store.now();

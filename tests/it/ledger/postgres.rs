@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use keybrake::call::Outcome;
 use keybrake::hold::Lane;
-use keybrake::ledger::{Ledger, LedgerError, Opening};
+use keybrake::ledger::{Admitted, Ledger, LedgerError, Opening};
 use keybrake::postgres::Target;
 use keybrake::tls;
 
@@ -12,7 +12,7 @@ use crate::fleet::proxy::{AtCommit, Proxy};
 use crate::ledger::reads::wait;
 use crate::ledger::suite::conformance;
 use crate::ledger::world::{Ask, Place, World, usd};
-use crate::postgres;
+use crate::postgres::{self, Server};
 
 /// A schema of a test's own; `None` where there is no server.
 fn in_a_schema() -> Option<Place> {
@@ -62,4 +62,42 @@ async fn what_is_being_sent_is_not_taken_back_with_what_nobody_had() {
     world.ledger().resolve(held, settled).await.unwrap();
     let counted = world.total(key, Lane::In);
     assert_eq!((counted.spent, counted.held), (usd("5.00"), usd("0.00")));
+}
+
+/// Calls that nobody made before have locks that are not there yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn sidecars_that_make_the_same_locks_do_not_wait_in_a_circle() {
+    const ROUNDS: usize = 12;
+    const CALLS: usize = 40;
+    let Some(server) = Server::own() else { return };
+    let target = server.schema("ledger").target();
+    let place = |node: &str| -> Place {
+        let (target, node) = (target.clone(), node.to_owned());
+        Arc::new(move |opening| {
+            wait(Ledger::open_postgres(target.clone(), Opening { node: node.clone(), ..opening }))
+        })
+    };
+    let first = World::new(place("node-1"));
+    let second = first.beside(place("node-2"));
+    let key = first.key("a", |_| ()).await;
+    second.knows(key, first.mode_of(key));
+    for round in 0..ROUNDS {
+        let mut asked = Vec::new();
+        for at in 0..CALLS {
+            for (world, at) in [(&first, at), (&second, CALLS - 1 - at)] {
+                let command = world.command(key, &Ask::charge(&format!("{round}-{at}"), 1));
+                let ledger = world.ledger().clone();
+                asked.push(tokio::spawn(async move { ledger.admit(key, command).await }));
+            }
+        }
+        let mut held = 0;
+        for admitted in asked {
+            held += usize::from(matches!(admitted.await.unwrap().unwrap(), Admitted::Held(_)));
+        }
+        assert_eq!(held, CALLS, "each of them once");
+    }
+    let log = server.log();
+    assert!(!log.contains("deadlock detected"), "{log}");
+    let counted = first.total(key, Lane::In);
+    assert_eq!(counted.calls, u64::try_from(ROUNDS * CALLS).unwrap());
 }
