@@ -37,6 +37,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::{Instant, timeout_at};
 
 use crate::audit::Entry;
 use crate::call::{Call, Outcome, Record};
@@ -44,7 +45,7 @@ use crate::hold::{Facts, Hold};
 use crate::id::{BootId, CallId, HoldId, IssuerId, KeyId, LedgerId};
 use crate::issuer::Issuer;
 use crate::key::Key;
-use crate::ledger::command::{Command, Reply};
+use crate::ledger::command::{Command, Late, Reply};
 use crate::ledger::notes::{Note, Notes};
 use crate::ledger::postgres::PostgresStore;
 use crate::ledger::query::{AuditFilter, Page, Reader};
@@ -146,6 +147,7 @@ pub struct Actor(pub String);
 pub struct Ledger {
     commands: mpsc::Sender<Mail>,
     notes: Notes,
+    late: Late,
     store: Store,
     boot: BootId,
 }
@@ -206,7 +208,9 @@ impl Ledger {
         let boot = opening.boot;
         let notes = Notes::default();
         writer::spawn(Arc::clone(&store), waiting, notes.clone(), opening);
-        Self { commands, notes, store: Store::Redb(store), boot }
+        // Whoever asks this one waits until there is room.
+        let late = Late::default();
+        Self { commands, notes, late, store: Store::Redb(store), boot }
     }
 
     /// Opens or makes the ledger in a schema of a PostgreSQL, which other sidecars may have together with this one, doubts
@@ -216,9 +220,9 @@ impl Ledger {
     /// As [`Ledger::open`].
     pub async fn open_postgres(target: Target, opening: Opening) -> Result<Self, LedgerError> {
         let (commands, waiting) = mpsc::channel(COMMANDS_WAITING_MAX);
-        let (boot, notes) = (opening.boot, Notes::default());
-        let store = postgres::open(target, opening, waiting, notes.clone()).await?;
-        Ok(Self { commands, notes, store: Store::Postgres(store), boot })
+        let (boot, notes, late) = (opening.boot, Notes::default(), Late::default());
+        let store = postgres::open(target, opening, waiting, notes.clone(), late.clone()).await?;
+        Ok(Self { commands, notes, late, store: Store::Postgres(store), boot })
     }
 
     /// Whether other sidecars may have it together with this one.
@@ -339,7 +343,8 @@ impl Ledger {
     /// Settles, voids or doubts a hold; durable when it returns.
     ///
     /// # Errors
-    /// [`LedgerError`]: the hold stays counted and is a doubt after the next start.
+    /// [`LedgerError`]: the hold stays counted. A database is told when it can be used again; else it is a doubt after the
+    /// next start.
     pub async fn resolve(&self, held: Held, resolve: Resolve) -> Result<(), LedgerError> {
         let sending = held.sending();
         self.ask(|reply| Command::Resolve { sending, resolve: Box::new(resolve), reply }).await
@@ -590,24 +595,33 @@ impl Ledger {
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, LedgerError> {
         let (reply, mut answer) = Reply::channel();
-        let asked = async {
-            self.commands.send(Mail::Command(command(reply))).await.map_err(|_| writer_gone())?;
-            (&mut answer).await.map_err(|_| writer_gone())?
+        let command = command(reply);
+        // A database may be gone for longer than any caller waits.
+        let until = match &self.store {
+            Store::Redb(_) => None,
+            Store::Postgres(_) => Some(Instant::now() + ANSWER_WITHIN),
         };
-        match &self.store {
-            Store::Redb(_) => asked.await,
-            // A database may be gone for longer than any caller waits.
-            Store::Postgres(_) => {
-                if let Ok(found) = tokio::time::timeout(ANSWER_WITHIN, asked).await {
-                    return found;
-                }
-                // The writer hears from now on that nobody waits, and takes back what it lets through. What it said in this
-                // moment is heard: else it would stay held by nobody.
-                answer.close();
-                let late = || LedgerError::Unavailable("the database gives no answer".to_owned());
-                answer.try_recv().unwrap_or_else(|_| Err(late()))
-            }
+        let late = || LedgerError::Unavailable("the database gives no answer".to_owned());
+        let Some(place) = within(until, self.commands.reserve()).await else {
+            self.late.put(command);
+            return Err(late());
+        };
+        place.map_err(|_| writer_gone())?.send(Mail::Command(command));
+        if let Some(found) = within(until, &mut answer).await {
+            return found.map_err(|_| writer_gone())?;
         }
+        // The writer hears from now on that nobody waits, and takes back what it lets through. What it said in this
+        // moment is heard: else it would stay held by nobody.
+        answer.close();
+        answer.try_recv().unwrap_or_else(|_| Err(late()))
+    }
+}
+
+/// `None` when it is too late.
+async fn within<T>(until: Option<Instant>, found: impl Future<Output = T>) -> Option<T> {
+    match until {
+        None => Some(found.await),
+        Some(until) => timeout_at(until, found).await.ok(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Everything that changes the ledger, as data: a store may look at what a whole batch needs, and do it again.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use tokio::sync::oneshot;
 
 use crate::audit::Entry;
@@ -68,4 +70,32 @@ pub enum Command {
     Flush { reply: Reply<()> },
     Close { reply: Reply<()> },
     Tick { reply: Reply<Ticked> },
+}
+
+/// What calls came to for which the writer's queue had no room for as long as anybody waited. More than so many, and they
+/// stay held as if they were being sent.
+const LATE_MAX: usize = 4_096;
+
+/// What calls came to and no place was found for in the queue: the writer takes it along with its next batch.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Late(Arc<Mutex<Vec<Command>>>);
+
+impl Late {
+    /// Keeps what a call came to; anything else was for somebody who does not wait for it any more.
+    pub(super) fn put(&self, command: Command) {
+        let Command::Resolve { sending, .. } = &command else { return };
+        let mut late = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if late.len() < LATE_MAX {
+            late.push(command);
+        } else {
+            tracing::error!(?sending, "what a call came to is lost; its money stays counted");
+        }
+    }
+
+    /// The first of them, at most so many.
+    pub(super) fn take(&self, at_most: usize) -> Vec<Command> {
+        let mut late = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = at_most.min(late.len());
+        late.drain(..taken).collect()
+    }
 }

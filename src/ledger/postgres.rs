@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::id::{BootId, LedgerId};
+use crate::ledger::command::Late;
 use crate::ledger::loaded::{Loaded, Needs};
 use crate::ledger::notes::Notes;
 use crate::ledger::postgres::session::{Own, Session};
@@ -94,6 +95,7 @@ pub(super) async fn open(
     opening: Opening,
     mail: mpsc::Receiver<Mail>,
     notes: Notes,
+    late: Late,
 ) -> Result<Arc<PostgresStore>, LedgerError> {
     let (opened, answer) = oneshot::channel();
     thread::spawn(move || {
@@ -105,7 +107,7 @@ pub(super) async fn open(
                 return;
             }
         };
-        runtime.block_on(write(target, opening, mail, notes, opened));
+        runtime.block_on(write(target, opening, mail, (notes, late), opened));
     });
     answer.await.unwrap_or_else(|_| Err(LedgerError::Unavailable("its writer has stopped".to_owned())))
 }
@@ -115,10 +117,10 @@ async fn write(
     target: Target,
     opening: Opening,
     mut mail: mpsc::Receiver<Mail>,
-    notes: Notes,
+    (notes, late): (Notes, Late),
     opened: oneshot::Sender<Result<Arc<PostgresStore>, LedgerError>>,
 ) {
-    let (store, mut writer) = match begin(target, opening).await {
+    let (store, mut writer) = match begin(target, opening, late).await {
         Ok(begun) => begun,
         Err(error) => {
             drop(opened.send(Err(error)));
@@ -154,7 +156,11 @@ async fn to_its_end(work: impl Future<Output = ()>) -> Result<(), ()> {
     .await
 }
 
-async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
+async fn begin(
+    target: Target,
+    opening: Opening,
+    late: Late,
+) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
     let fresh = *opening.fresh_id.as_bytes();
     let registered = session::register(&target, &opening.node, fresh, opening.boot, None).await;
     let Some((own, at)) = registered.map_err(unavailable)? else {
@@ -180,7 +186,7 @@ async fn begin(target: Target, opening: Opening) -> Result<(Arc<PostgresStore>, 
         runtime: Some(runtime),
     };
     let store = Arc::new(store);
-    let writer = Writer::open(Arc::clone(&store), opening).await?;
+    let writer = Writer::open(Arc::clone(&store), opening, late).await?;
     Ok((store, writer))
 }
 

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::id::BootId;
 use crate::ledger::changes::Changes;
-use crate::ledger::command::Command;
+use crate::ledger::command::{Command, Late};
 use crate::ledger::execute::{Around, Unclaimed, Waiting, execute, refuse, refuse_all};
 use crate::ledger::loaded::{Hints, Loaded, Needs};
 use crate::ledger::postgres::PostgresStore;
@@ -89,6 +89,7 @@ pub(super) struct Writer {
     batch: i64,
     /// What waits for the database to be back.
     kept: VecDeque<Command>,
+    late: Late,
     unknown: Option<Unknown>,
     unclaimed: Unclaimed,
 }
@@ -98,7 +99,11 @@ type Work<'w> = &'w mut dyn FnMut(&Around<'_>, &mut Tx<'_>, UnixMs) -> Result<()
 
 impl Writer {
     /// Opens the ledger: makes its schema and first rows, and doubts what earlier runs of this sidecar were sending.
-    pub(super) async fn open(store: Arc<PostgresStore>, opening: Opening) -> Result<Self, LedgerError> {
+    pub(super) async fn open(
+        store: Arc<PostgresStore>,
+        opening: Opening,
+        late: Late,
+    ) -> Result<Self, LedgerError> {
         let session = Session::open(&store.target, store.own).await.map_err(unavailable)?;
         let mut writer = Self {
             store,
@@ -108,6 +113,7 @@ impl Writer {
             hints: Hints::default(),
             batch: 0,
             kept: VecDeque::new(),
+            late,
             unknown: None,
             unclaimed: Unclaimed::default(),
         };
@@ -141,7 +147,10 @@ impl Writer {
             self.put_off(batch, &why);
             return;
         }
+        // No more than could be kept again.
+        let room = KEPT_MAX.saturating_sub(self.kept.len() + batch.len());
         let mut all: Vec<Command> = self.kept.drain(..).collect();
+        all.extend(self.late.take(room));
         all.extend(batch);
         self.commit_all(all).await;
         let unclaimed = self.unclaimed.take();
@@ -155,9 +164,8 @@ impl Writer {
 
     /// Commits what is left when the process ends.
     pub(super) async fn close(&mut self) {
-        if !self.kept.is_empty() || self.unknown.is_some() {
-            self.commit(Vec::new()).await;
-        }
+        // Without a batch it writes what was kept and what came late.
+        self.commit(Vec::new()).await;
     }
 
     /// At once, or one by one where together they come to nothing.

@@ -1,18 +1,22 @@
 //! The ledger in a real PostgreSQL: what every store must do, and what only becomes of a commit that nobody knows of.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use keybrake::call::Outcome;
 use keybrake::hold::Lane;
 use keybrake::ledger::{Admitted, Ledger, LedgerError, Opening};
 use keybrake::postgres::Target;
 use keybrake::tls;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::fleet::proxy::{AtCommit, Proxy};
 use crate::ledger::reads::wait;
 use crate::ledger::suite::conformance;
 use crate::ledger::world::{Ask, Place, World, usd};
 use crate::postgres::{self, Server};
+use crate::support::PATIENCE;
 
 /// A schema of a test's own; `None` where there is no server.
 fn in_a_schema() -> Option<Place> {
@@ -100,4 +104,44 @@ async fn sidecars_that_make_the_same_locks_do_not_wait_in_a_circle() {
     assert!(!log.contains("deadlock detected"), "{log}");
     let counted = first.total(key, Lane::In);
     assert_eq!(counted.calls, u64::try_from(ROUNDS * CALLS).unwrap());
+}
+
+/// More commands wait than the queue holds, for longer than anybody waits for an answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_call_came_to_is_written_though_the_queue_was_full() {
+    /// The queue, and what the writer has taken from it.
+    const MORE_THAN_THERE_IS_ROOM_FOR: usize = 4_096 + 2 * 256;
+    let Some(server) = postgres::server() else { return };
+    let (proxy, schema) = (Proxy::before(server.url()).await, server.schema("ledger"));
+    let (direct, trust) = (schema.target(), tls::client_config(None).unwrap());
+    let target = Target::parse(&proxy.url(server.url()), None, schema.name(), trust).unwrap();
+    let world = World::new(Arc::new(move |opening| wait(Ledger::open_postgres(target.clone(), opening))));
+    let observer = world.beside(Arc::new(move |opening| {
+        wait(Ledger::open_postgres(direct.clone(), Opening { node: "node-2".to_owned(), ..opening }))
+    }));
+    let key = world.key("a", |_| ()).await;
+    let ask = Ask::charge("one", 500);
+    let held = world.held(key, &ask).await;
+    let settled = world.resolve(Outcome::Spent { minor: 500 }, &["ch_one"], Some(200));
+    proxy.hang();
+    let mut waiting = JoinSet::new();
+    for _ in 0..MORE_THAN_THERE_IS_ROOM_FOR {
+        let ledger = world.ledger().clone();
+        waiting.spawn(async move { ledger.flush().await });
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let told = world.ledger().resolve(held, settled).await;
+    assert!(matches!(told, Err(LedgerError::Unavailable(_))), "{told:?}");
+    let counted = || observer.total(key, Lane::In);
+    assert_eq!((counted().spent, counted().held), (usd("0.00"), usd("5.00")));
+    proxy.let_new_ones_through();
+    let since = Instant::now();
+    while counted().held != usd("0.00") {
+        assert!(since.elapsed() < PATIENCE * 2, "never written");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(counted().spent, usd("5.00"));
+    observer.knows(key, world.mode_of(key));
+    let again = observer.admit(key, &ask).await.unwrap();
+    assert!(matches!(again, Admitted::Replay { .. }), "{again:?}");
 }
