@@ -51,6 +51,8 @@ const SILENCE_MS: u64 = 15_000;
 const PROBE_AFTER_MS: u64 = 10_000;
 const PROBE_EVERY_MS: u64 = 5_000;
 const PROBES: u32 = 3;
+/// What an answer may take that waits for nobody else.
+const ANSWER_MS: u64 = 8_000;
 /// What a step of [`migrate`] may take, waiting for another process included.
 const MIGRATE_MS: u64 = 60_000;
 /// Processes that make a schema at the same moment stumble over each other this often at most.
@@ -416,40 +418,58 @@ pub async fn migrate(client: &mut Client, schema: &str, steps: &[&str]) -> Resul
     let known = i32::try_from(steps.len()).unwrap_or(i32::MAX);
     let version_in = format!("SELECT version FROM \"{schema}\".migrations");
     let mut tries = 0;
-    // Looked at before it is made: a role that may not make anything can use what was made for it.
-    loop {
-        match client.query_opt(&version_in, &[]).await.map_err(DatabaseError::from) {
-            Ok(Some(_)) => break,
+    // Looked at before it is made: a role that may not make anything can use what was made for it. And before it is locked:
+    // whoever has nothing to make waits for nobody.
+    let mut found: i32 = loop {
+        let looked = within(ANSWER_MS, async { Ok(client.query_opt(&version_in, &[]).await?) }).await;
+        match looked {
+            Ok(Some(row)) => break row.try_get(0)?,
             Err(error) if tries == MAKE_TRIES || !error.is_of(&MISSING) => return Err(error),
             Ok(None) if tries == MAKE_TRIES => {
                 return Err(DatabaseError::Unavailable(format!("the schema {schema} cannot be made")));
             }
-            Ok(None) | Err(_) => make(client, schema).await?,
+            Ok(None) | Err(_) => within(ANSWER_MS, make(client, schema)).await?,
         }
         tries += 1;
+    };
+    while found < known {
+        // The server ends what takes longer than a step may; one that says nothing ends nothing.
+        found = within(MIGRATE_MS + ANSWER_MS, step_on(client, schema, steps)).await?;
     }
-    loop {
-        let txn = client.transaction().await?;
-        txn.batch_execute(&format!(
-            "SET LOCAL search_path TO \"{schema}\"; SET LOCAL lock_timeout TO {MIGRATE_MS};
-             SET LOCAL statement_timeout TO {MIGRATE_MS}"
-        ))
-        .await?;
-        let row = txn.query_one("SELECT version FROM migrations WHERE id = 1 FOR UPDATE", &[]).await?;
-        let found: i32 = row.try_get(0)?;
-        if found > known {
-            txn.rollback().await?;
-            return Err(DatabaseError::Newer { schema: schema.to_owned(), found, known });
-        }
-        let Some(step) = usize::try_from(found).ok().and_then(|at| steps.get(at)) else {
-            txn.rollback().await?;
-            return Ok(found);
-        };
-        txn.batch_execute(step).await?;
-        txn.execute("UPDATE migrations SET version = $1 WHERE id = 1", &[&(found + 1)]).await?;
-        txn.commit().await?;
-        tracing::info!(schema, version = found + 1, "the schema of the database was brought forward");
+    if found > known {
+        return Err(DatabaseError::Newer { schema: schema.to_owned(), found, known });
     }
+    Ok(found)
+}
+
+/// Makes the next version, where it is the first to come. Answers the one that there is then.
+async fn step_on(client: &mut Client, schema: &str, steps: &[&str]) -> Result<i32, DatabaseError> {
+    let txn = client.transaction().await?;
+    txn.batch_execute(&format!(
+        "SET LOCAL search_path TO \"{schema}\"; SET LOCAL lock_timeout TO {MIGRATE_MS};
+         SET LOCAL statement_timeout TO {MIGRATE_MS}"
+    ))
+    .await?;
+    let row = txn.query_one("SELECT version FROM migrations WHERE id = 1 FOR UPDATE", &[]).await?;
+    let found: i32 = row.try_get(0)?;
+    let Some(step) = usize::try_from(found).ok().and_then(|at| steps.get(at)) else {
+        txn.rollback().await?;
+        return Ok(found);
+    };
+    txn.batch_execute(step).await?;
+    txn.execute("UPDATE migrations SET version = $1 WHERE id = 1", &[&(found + 1)]).await?;
+    txn.commit().await?;
+    tracing::info!(schema, version = found + 1, "the schema of the database was brought forward");
+    Ok(found + 1)
+}
+
+/// A peer that acknowledges all and says nothing would be waited for for ever.
+async fn within<T>(
+    millis: u64,
+    asked: impl Future<Output = Result<T, DatabaseError>>,
+) -> Result<T, DatabaseError> {
+    let late = |_| DatabaseError::Unavailable("it gives no answer".to_owned());
+    tokio::time::timeout(Duration::from_millis(millis), asked).await.map_err(late)?
 }
 
 const MISSING: [SqlState; 2] = [SqlState::UNDEFINED_TABLE, SqlState::INVALID_SCHEMA_NAME];

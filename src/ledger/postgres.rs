@@ -162,7 +162,7 @@ async fn begin(
     late: Late,
 ) -> Result<(Arc<PostgresStore>, Writer), LedgerError> {
     let fresh = *opening.fresh_id.as_bytes();
-    let registered = session::register(&target, &opening.node, fresh, opening.boot, None).await;
+    let registered = session::register(&target, &opening.node, fresh, opening.boot).await;
     let Some((own, at)) = registered.map_err(unavailable)? else {
         return Err(LedgerError::Locked);
     };

@@ -16,9 +16,10 @@ use std::sync::{Mutex, Once, OnceLock};
 use keybrake::postgres::{self, Connection, DatabaseError, Target};
 use keybrake::tls;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use tokio::time::{Duration, Instant, sleep};
+use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
 
+use crate::fleet::proxy::Proxy;
 use crate::support::{PATIENCE, free_port};
 
 const USER: &str = "keybrake";
@@ -446,6 +447,38 @@ async fn a_schema_is_brought_forward_once() {
     let refused = postgres::migrate(&mut one, name, &STEPS[..1]).await.unwrap_err();
     assert!(matches!(refused, DatabaseError::Newer { found: 2, known: 1, .. }), "{refused}");
     assert_eq!(postgres::migrate(&mut one, name, &STEPS).await, Ok(2), "the session is still of use");
+}
+
+#[tokio::test]
+async fn who_has_nothing_to_make_waits_for_nobody() {
+    let Some(server) = server() else { return };
+    let schema = server.schema("nothing");
+    let (mut session, holder) = tokio::join!(schema.connect(), schema.connect());
+    postgres::migrate(&mut session, schema.name(), &STEPS[..1]).await.unwrap();
+    // As another process does while it makes a step.
+    holder.batch_execute("BEGIN; SELECT 1 FROM migrations FOR UPDATE").await.unwrap();
+    let at_once = postgres::migrate(&mut session, schema.name(), &STEPS[..1]);
+    assert_eq!(timeout(PATIENCE, at_once).await, Ok(Ok(1)));
+    let waits = timeout(Duration::from_secs(1), postgres::migrate(&mut session, schema.name(), &STEPS));
+    waits.await.unwrap_err();
+    holder.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(postgres::migrate(&mut *schema.connect().await, schema.name(), &STEPS).await, Ok(2));
+}
+
+/// Nothing is cut, and nothing comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_says_nothing_is_not_waited_for_for_ever() {
+    let Some(server) = server() else { return };
+    let (proxy, schema) = (Proxy::before(server.url()).await, server.schema("silent"));
+    let trust = tls::client_config(None).unwrap();
+    let target = Target::parse(&proxy.url(server.url()), None, schema.name(), trust).unwrap();
+    let mut session = postgres::connect(&target).await.unwrap();
+    proxy.hang();
+    let given_up = timeout(PATIENCE, postgres::migrate(&mut session, schema.name(), &STEPS)).await.unwrap();
+    assert!(
+        matches!(&given_up, Err(DatabaseError::Unavailable(told)) if told.contains("no answer")),
+        "{given_up:?}"
+    );
 }
 
 #[tokio::test]

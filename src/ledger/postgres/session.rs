@@ -488,19 +488,30 @@ async fn both<A, B>(first: impl Future<Output = A>, second: impl Future<Output =
     .await
 }
 
-/// Makes the schema, and registers a run of the process under a node's name: earlier runs under it are fenced. One that
-/// comes back after it was fenced names the run that it was, and gets nothing when another took its place. Answers the
+/// Makes the schema, and registers a run of the process under a node's name: earlier runs under it are fenced. Answers the
 /// database's clock too.
 pub(super) async fn register(
     target: &Target,
     node: &str,
     fresh: [u8; 16],
     boot: BootId,
-    back_from: Option<BootId>,
 ) -> Result<Option<(Own, UnixMs)>, DatabaseError> {
     let mut connection = postgres::connect(target).await?;
     postgres::migrate(&mut connection, target.schema(), STEPS).await?;
-    in_time(register_in(&mut connection, node, fresh, boot, back_from)).await
+    in_time(register_in(&mut connection, node, fresh, boot, None)).await
+}
+
+/// Registers a run that comes back after it was fenced, and names the run that it was. It gets nothing when another took its
+/// place.
+pub(super) async fn register_again(
+    target: &Target,
+    node: &str,
+    own: Own,
+    boot: BootId,
+    back_from: BootId,
+) -> Result<Option<(Own, UnixMs)>, DatabaseError> {
+    let mut connection = postgres::connect(target).await?;
+    in_time(register_in(&mut connection, node, own.0, boot, Some(back_from))).await
 }
 
 async fn register_in(

@@ -462,7 +462,7 @@ impl Writer {
         let boot = BootId::from_bytes(next);
         let node = &self.opening.node;
         let registered =
-            session::register(&self.store.target, node, self.store.own.0, boot, Some(fenced)).await?;
+            session::register_again(&self.store.target, node, self.store.own, boot, fenced).await?;
         if registered.is_none() {
             let why = format!("another process runs as node {node}: give every sidecar a NODE of its own");
             tracing::error!(node, "{why}");
