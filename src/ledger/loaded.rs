@@ -143,6 +143,11 @@ impl Loaded {
         self.parts.insert(part, rows);
     }
 
+    /// What is locked.
+    pub(crate) fn locks(&self) -> impl Iterator<Item = u32> {
+        self.locks.iter().flatten().copied()
+    }
+
     /// All rows that were loaded by their keys.
     pub(crate) fn rows(&self) -> impl Iterator<Item = (usize, &[u8], Option<&[u8]>)> {
         let tables = self.rows.iter().enumerate();

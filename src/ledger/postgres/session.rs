@@ -3,11 +3,13 @@
 //! Each table of [`crate::ledger::row`] is a table of two columns, `k` and `v`. Keys are in the order of their bytes, so
 //! numbers in them are turned around; what each sidecar has for itself has the sidecar's id before it.
 
+use std::collections::{HashMap, HashSet};
 use std::future::{Future, poll_fn};
 use std::ops::Bound;
 use std::pin::Pin;
+use std::sync::Mutex;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio_postgres::Statement;
 use tokio_postgres::types::ToSql;
@@ -15,6 +17,7 @@ use tokio_postgres::types::ToSql;
 use crate::id::BootId;
 use crate::ledger::changes::Changes;
 use crate::ledger::loaded::{Loaded, Needs, Part, PartRows};
+use crate::ledger::postgres::locked;
 use crate::ledger::row::{AUDIT, COUNTERS, DUE, META, TABLE_NAMES, TABLES, meta};
 use crate::ledger::source::Order;
 use crate::postgres::{self, Connection, DatabaseError, Target};
@@ -49,6 +52,11 @@ pub(super) const STEPS: &[&str] = &["
 pub(super) const SILENCE_S: u32 = 15;
 /// How long one round trip may take, locks that are waited for included.
 const ANSWER: Duration = Duration::from_secs(8);
+/// How statements are planned: all of them go by the keys of their tables, however small those were when it was planned, and
+/// once for all. A server of the same wire protocol may know less of that.
+const PLANS: &str = "SELECT set_config(name, wanted, false) FROM pg_settings JOIN (VALUES
+        ('plan_cache_mode', 'force_generic_plan'), ('enable_seqscan', 'off'), ('enable_bitmapscan', 'off'), ('jit', 'off')
+    ) AS plans (name, wanted) USING (name)";
 /// How long a run of the process that is over is remembered, in hours.
 const BOOTS_KEPT_H: u32 = 48;
 
@@ -143,19 +151,87 @@ pub(super) struct Begun {
     pub(super) fenced: bool,
 }
 
+/// Tables, a bit for the number of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct TableSet(u32);
+
+impl TableSet {
+    fn insert(&mut self, table: usize) {
+        self.0 |= 1 << table;
+    }
+
+    fn names(self) -> impl Iterator<Item = (usize, &'static str)> {
+        TABLE_NAMES.into_iter().enumerate().filter(move |(table, _)| self.0 & (1 << table) != 0)
+    }
+}
+
+/// A statement about several tables at once, and about no others: the server goes through each that a statement names,
+/// and answers each statement by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Shape {
+    Load(TableSet),
+    /// What is put and what is removed, and the number of the batch.
+    Write {
+        puts: TableSet,
+        removes: TableSet,
+    },
+}
+
+impl Shape {
+    fn text(self) -> String {
+        let mut last = 0;
+        let mut next = || {
+            last += 1;
+            format!("${last}")
+        };
+        match self {
+            Self::Load(tables) => {
+                let of_each = tables.names().map(|(table, name)| {
+                    format!("SELECT {table}::smallint, k, v FROM {name} WHERE k = ANY({}::bytea[])", next())
+                });
+                of_each.collect::<Vec<_>>().join(" UNION ALL ")
+            }
+            Self::Write { puts, removes } => {
+                let beat = format!(
+                    "UPDATE boots SET batch = {}, seen = clock_timestamp() WHERE boot = {}",
+                    next(),
+                    next()
+                );
+                let mut parts = Vec::new();
+                for (_, name) in puts.names() {
+                    let rows = format!("unnest({}::bytea[], {}::bytea[])", next(), next());
+                    parts.push(format!(
+                        "put_{name} AS (INSERT INTO {name} (k, v) SELECT * FROM {rows}
+                         ON CONFLICT (k) DO UPDATE SET v = excluded.v)"
+                    ));
+                }
+                for (_, name) in removes.names() {
+                    parts.push(format!(
+                        "remove_{name} AS (DELETE FROM {name} WHERE k = ANY({}::bytea[]))",
+                        next()
+                    ));
+                }
+                if parts.is_empty() { beat } else { format!("WITH {} {beat}", parts.join(", ")) }
+            }
+        }
+    }
+}
+
+/// Shapes that a session remembers: the server keeps some 0.1 MB for each. Few dozens are usual.
+const SHAPES_MAX: usize = 64;
+
 /// A session, and the statements that it knows.
 pub(super) struct Session {
     connection: Connection,
     own: Own,
-    load: Statement,
-    put: Vec<Statement>,
-    remove: Vec<Statement>,
+    shapes: Mutex<HashMap<Shape, Statement>>,
     /// Upwards and downwards.
     parts: Vec<[Statement; 2]>,
     claim: Statement,
     make_locks: Statement,
     lock: Statement,
-    beat: Statement,
+    /// Locks that are there, as transactions of this session have seen: none ever goes.
+    made: Mutex<HashSet<u32>>,
 }
 
 type Answered<'f, T> = Pin<Box<dyn Future<Output = Result<T, tokio_postgres::Error>> + Send + 'f>>;
@@ -188,46 +264,47 @@ impl Session {
     /// Opens a session for a sidecar's rows.
     pub(super) async fn open(target: &Target, own: Own) -> Result<Self, DatabaseError> {
         let connection = postgres::connect(target).await?;
-        let of_each = |name: &str, number: usize| {
-            format!("SELECT {number}::smallint, k, v FROM {name} WHERE k = ANY(${}::bytea[])", number + 1)
-        };
-        let load: Vec<String> =
-            TABLE_NAMES.iter().enumerate().map(|(number, name)| of_each(name, number)).collect();
-        let load = load.join(" UNION ALL ");
         let mut texts = vec![
-            load,
-            "SELECT fenced, (extract(epoch FROM clock_timestamp()) * 1000)::bigint FROM boots
-             WHERE boot = $1 FOR UPDATE"
-                .to_owned(),
+            "SELECT fenced, clock_timestamp() FROM boots WHERE boot = $1 FOR UPDATE".to_owned(),
             "INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING".to_owned(),
-            "SELECT slot FROM locks WHERE slot = ANY($1::integer[]) ORDER BY slot FOR UPDATE".to_owned(),
-            "UPDATE boots SET batch = $2, seen = clock_timestamp() WHERE boot = $1".to_owned(),
+            "SELECT count(*)
+             FROM (SELECT FROM locks WHERE slot = ANY($1::integer[]) ORDER BY slot FOR UPDATE) AS taken"
+                .to_owned(),
         ];
-        for name in TABLE_NAMES {
-            texts.push(format!(
-                "INSERT INTO {name} (k, v) SELECT * FROM unnest($1::bytea[], $2::bytea[])
-                 ON CONFLICT (k) DO UPDATE SET v = excluded.v"
-            ));
-        }
-        for name in TABLE_NAMES {
-            texts.push(format!("DELETE FROM {name} WHERE k = ANY($1::bytea[])"));
-        }
         for (name, order) in TABLE_NAMES.iter().flat_map(|name| [(name, "ASC"), (name, "DESC")]) {
             texts.push(format!(
                 "SELECT k, v FROM {name} WHERE k >= $1 AND k < $2 ORDER BY k {order} LIMIT $3"
             ));
         }
         let asked = texts.iter().map(|text| Box::pin(connection.prepare(text)) as Answered<'_, Statement>);
-        let known = in_time(async { Ok(all_of(asked.collect()).await) }).await?;
+        let known = in_time(async {
+            connection.batch_execute(PLANS).await?;
+            Ok(all_of(asked.collect()).await)
+        })
+        .await?;
         let known: Result<Vec<Statement>, _> = known.into_iter().collect();
         let mut known = known?.into_iter();
         let gone = || DatabaseError::Unavailable("a statement was not prepared".to_owned());
         let mut next = || known.next().ok_or_else(gone);
-        let (load, claim, make_locks, lock, beat) = (next()?, next()?, next()?, next()?, next()?);
-        let put = (0..TABLES).map(|_| next()).collect::<Result<_, _>>()?;
-        let remove = (0..TABLES).map(|_| next()).collect::<Result<_, _>>()?;
+        let (claim, make_locks, lock) = (next()?, next()?, next()?);
         let parts = (0..TABLES).map(|_| Ok([next()?, next()?])).collect::<Result<_, DatabaseError>>()?;
-        Ok(Self { connection, own, load, put, remove, parts, claim, make_locks, lock, beat })
+        let (shapes, made) = (Mutex::default(), Mutex::default());
+        Ok(Self { connection, own, shapes, parts, claim, make_locks, lock, made })
+    }
+
+    /// The statement of a shape. What this session has not had yet is prepared first.
+    async fn statement(&self, shape: Shape) -> Result<Statement, DatabaseError> {
+        if let Some(known) = locked(&self.shapes).get(&shape) {
+            return Ok(known.clone());
+        }
+        // Seldom done, and large.
+        let statement = Box::pin(self.connection.prepare(&shape.text())).await?;
+        let mut shapes = locked(&self.shapes);
+        if shapes.len() >= SHAPES_MAX {
+            shapes.clear();
+        }
+        shapes.insert(shape, statement.clone());
+        Ok(statement)
     }
 
     /// Begins a transaction of this run of the process, locks and loads, all in one round trip.
@@ -243,33 +320,41 @@ impl Session {
         needs: &Needs,
         loaded: &mut Loaded,
     ) -> Result<Begun, DatabaseError> {
-        let locks: Vec<i32> =
-            needs.locks.iter().map(|lock| i32::try_from(*lock).unwrap_or(i32::MAX)).collect();
+        let slots = |locks: &mut dyn Iterator<Item = &u32>| -> Vec<i32> {
+            locks.map(|lock| i32::try_from(*lock).unwrap_or(i32::MAX)).collect()
+        };
+        let locks = slots(&mut needs.locks.iter());
+        let unmade = {
+            let made = locked(&self.made);
+            slots(&mut needs.locks.iter().filter(|lock| !made.contains(*lock)))
+        };
         let boot = boot.as_bytes().as_slice();
         let claims: [&(dyn ToSql + Sync); 1] = [&boot];
-        let slots: [&(dyn ToSql + Sync); 1] = [&locks];
+        let (makes, takes): ([&(dyn ToSql + Sync); 1], [&(dyn ToSql + Sync); 1]) = ([&unmade], [&locks]);
         let connection = &self.connection;
-        let asked: Vec<Answered<'_, Vec<tokio_postgres::Row>>> = vec![
+        let mut asked: Vec<Answered<'_, Vec<tokio_postgres::Row>>> = vec![
             Box::pin(async { connection.batch_execute("BEGIN").await.map(|()| Vec::new()) }),
             Box::pin(async { connection.query(&self.claim, &claims).await }),
-            Box::pin(async { connection.query(&self.make_locks, &slots).await }),
-            Box::pin(async { connection.query(&self.lock, &slots).await }),
         ];
-        let (claim, found) =
-            in_time(async { Ok(both(all_of(asked), self.load(needs, loaded)).await) }).await?;
-        let mut claim = claim.into_iter();
-        let mut next = || claim.next().unwrap_or_else(|| Ok(Vec::new()));
-        next()?;
-        let own = next()?;
-        next()?;
-        let held = next()?.len();
-        let row = own.first();
+        if !unmade.is_empty() {
+            asked.push(Box::pin(async { connection.query(&self.make_locks, &makes).await }));
+        }
+        asked.push(Box::pin(async { connection.query(&self.lock, &takes).await }));
+        let (answers, found) =
+            in_time(async { Ok(both(all_of(asked), Box::pin(self.load(needs, loaded))).await) }).await?;
+        let answers: Vec<_> = answers.into_iter().collect::<Result<_, _>>()?;
+        let missing = || DatabaseError::Unavailable("an answer is missing".to_owned());
+        let [_, own, .., held] = answers.as_slice() else { return Err(missing()) };
         found?;
+        let row = own.first();
         let fenced = row.map_or(Ok(true), |row| row.try_get::<_, bool>(0))?;
-        let at = row.map_or(Ok(0), |row| row.try_get::<_, i64>(1))?;
+        let at = row.map_or(Ok(UNIX_EPOCH), |row| row.try_get::<_, SystemTime>(1))?;
+        let held = held.first().ok_or_else(missing)?;
+        let count: i64 = held.try_get(0)?;
+        let at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         if fenced {
             self.rollback().await?;
-        } else if held != locks.len() {
+        } else if usize::try_from(count) != Ok(locks.len()) {
             return Err(DatabaseError::Unavailable("a lock is missing".to_owned()));
         }
         Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced })
@@ -277,13 +362,14 @@ impl Session {
 
     /// Loads rows.
     pub(super) async fn load(&self, needs: &Needs, loaded: &mut Loaded) -> Result<(), DatabaseError> {
-        let keys: Vec<Vec<Vec<u8>>> = needs
-            .rows
-            .iter()
-            .enumerate()
-            .map(|(table, rows)| rows.iter().map(|key| self.own.stored(table, key)).collect())
-            .collect();
+        let (mut tables, mut keys) = (TableSet::default(), Vec::new());
+        for (table, rows) in needs.rows.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
+            tables.insert(table);
+            keys.push(rows.iter().map(|key| self.own.stored(table, key)).collect::<Vec<_>>());
+        }
         let wanted: Vec<&(dyn ToSql + Sync)> = keys.iter().map(|keys| keys as &(dyn ToSql + Sync)).collect();
+        let load =
+            if wanted.is_empty() { None } else { Some(in_time(self.statement(Shape::Load(tables))).await?) };
         let spans: Vec<(&Part, Vec<u8>, Vec<u8>, i64)> = needs
             .parts
             .iter()
@@ -293,9 +379,8 @@ impl Session {
             })
             .collect();
         let mut asked: Vec<Answered<'_, Vec<tokio_postgres::Row>>> = Vec::new();
-        let asks_rows = keys.iter().any(|keys| !keys.is_empty());
-        if asks_rows {
-            asked.push(Box::pin(async { self.connection.query(&self.load, &wanted).await }));
+        if let Some(load) = &load {
+            asked.push(Box::pin(async { self.connection.query(load, &wanted).await }));
         }
         for (part, from, to, limit) in &spans {
             let Some([up, down]) = self.parts.get(usize::from(part.table)) else { continue };
@@ -306,7 +391,7 @@ impl Session {
             asked.push(Box::pin(async move { self.connection.query(statement, &[from, to, limit]).await }));
         }
         let mut answers = in_time(async { Ok(all_of(asked).await) }).await?.into_iter();
-        if asks_rows {
+        if load.is_some() {
             let found = answers.next().transpose()?.unwrap_or_default();
             for (table, rows) in needs.rows.iter().enumerate() {
                 for key in rows {
@@ -334,9 +419,10 @@ impl Session {
     /// Writes changes and commits, in one round trip.
     pub(super) async fn commit(&self, boot: BootId, batch: i64, changes: &Changes) -> Ended {
         let boot = boot.as_bytes().as_slice();
-        let (mut puts, mut gone) = (Vec::new(), Vec::new());
+        let (mut puts, mut removes) = (TableSet::default(), TableSet::default());
+        let (mut put, mut gone) = (Vec::new(), Vec::new());
         for (table, rows) in changes.rows() {
-            let (mut keys, mut values, mut removed) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut keys, mut values, mut without) = (Vec::new(), Vec::new(), Vec::new());
             let mut rows: Vec<_> = rows.map(|(key, value)| (self.own.stored(table, key), value)).collect();
             rows.sort_unstable();
             for (key, value) in rows {
@@ -345,31 +431,33 @@ impl Session {
                         keys.push(key);
                         values.push(value);
                     }
-                    None => removed.push(key),
+                    None => without.push(key),
                 }
             }
             if !keys.is_empty() {
-                puts.push((table, keys, values));
+                puts.insert(table);
+                put.push((keys, values));
             }
-            if !removed.is_empty() {
-                gone.push((table, removed));
+            if !without.is_empty() {
+                removes.insert(table);
+                gone.push(without);
             }
         }
-        let mut asked: Vec<Answered<'_, ()>> = Vec::new();
-        for (table, keys, values) in &puts {
-            let Some(statement) = self.put.get(*table) else { continue };
-            asked.push(Box::pin(async move {
-                self.connection.execute(statement, &[keys, values]).await.map(drop)
-            }));
+        let write = match in_time(self.statement(Shape::Write { puts, removes })).await {
+            Ok(write) => write,
+            // No COMMIT was sent.
+            Err(error) => return Ended::Not(error),
+        };
+        let mut written: Vec<&(dyn ToSql + Sync)> = vec![&batch, &boot];
+        for (keys, values) in &put {
+            written.push(keys);
+            written.push(values);
         }
-        for (table, keys) in &gone {
-            let Some(statement) = self.remove.get(*table) else { continue };
-            asked.push(Box::pin(async move { self.connection.execute(statement, &[keys]).await.map(drop) }));
-        }
-        asked.push(Box::pin(
-            async move { self.connection.execute(&self.beat, &[&boot, &batch]).await.map(drop) },
-        ));
-        asked.push(Box::pin(self.connection.batch_execute("COMMIT")));
+        written.extend(gone.iter().map(|keys| keys as &(dyn ToSql + Sync)));
+        let asked: Vec<Answered<'_, ()>> = vec![
+            Box::pin(async { self.connection.execute(&write, &written).await.map(drop) }),
+            Box::pin(self.connection.batch_execute("COMMIT")),
+        ];
         let answers = match in_time(async { Ok(all_of(asked).await) }).await {
             Ok(answers) => answers,
             Err(error) => return Ended::Unknown(error),
@@ -391,6 +479,11 @@ impl Session {
             }
         }
         ended
+    }
+
+    /// Notes that locks are there: a transaction that took them has committed.
+    pub(super) fn note_made(&self, locks: impl IntoIterator<Item = u32>) {
+        locked(&self.made).extend(locks);
     }
 
     pub(super) async fn rollback(&self) -> Result<(), DatabaseError> {

@@ -385,7 +385,12 @@ impl Writer {
         }
         let before = self.head.replace(head);
         match ended {
-            Ended::Held => Ok(()),
+            Ended::Held => {
+                if let Some(session) = &self.session {
+                    session.note_made(loaded.locks());
+                }
+                Ok(())
+            }
             Ended::Not(error) => {
                 self.head = before;
                 Err(error.into())

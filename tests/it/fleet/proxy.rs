@@ -39,6 +39,9 @@ struct State {
     commits: Mutex<VecDeque<(AtCommit, bool)>>,
     cut: Notify,
     lost: AtomicU64,
+    /// Whether the server spoke last, and how often a client has spoken after that.
+    is_answered: AtomicBool,
+    turns: AtomicU64,
 }
 
 pub(crate) struct Proxy {
@@ -121,6 +124,11 @@ impl Proxy {
         self.state.lost.load(Ordering::SeqCst)
     }
 
+    /// How many round trips there were, of all connections.
+    pub(crate) fn turns(&self) -> u64 {
+        self.state.turns.load(Ordering::SeqCst)
+    }
+
     pub(crate) async fn has_lost(&self, count: u64) {
         while self.lost() < count {
             sleep(Duration::from_millis(5)).await;
@@ -183,6 +191,7 @@ async fn answers(
             return Ok(());
         }
         wait(state, number).await;
+        state.is_answered.store(true, Ordering::SeqCst);
         if mute.load(Ordering::SeqCst) {
             // `CommandComplete` of the COMMIT: it holds.
             if bytes[..read].windows(7).any(|window| window == b"COMMIT\0") {
@@ -210,6 +219,9 @@ async fn questions(
             return Ok(());
         }
         kept.extend_from_slice(&bytes[..read]);
+        if state.is_answered.swap(false, Ordering::SeqCst) {
+            state.turns.fetch_add(1, Ordering::SeqCst);
+        }
         wait(state, number).await;
         // Whole messages, up to a COMMIT.
         let mut at = 0;

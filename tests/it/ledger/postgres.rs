@@ -26,6 +26,15 @@ fn in_a_schema() -> Option<Place> {
 
 conformance!(in_a_schema);
 
+/// A ledger behind a proxy.
+async fn behind_a_proxy(server: &Server) -> (Proxy, World) {
+    let (proxy, schema) = (Proxy::before(server.url()).await, server.schema("ledger"));
+    let trust = tls::client_config(None).unwrap();
+    let target = Target::parse(&proxy.url(server.url()), None, schema.name(), trust).unwrap();
+    let world = World::new(Arc::new(move |opening| wait(Ledger::open_postgres(target.clone(), opening))));
+    (proxy, world)
+}
+
 /// Recovery asks Stripe about every doubt: of a fleet one sidecar does.
 #[tokio::test]
 async fn one_sidecar_at_a_time_looks_for_doubts() {
@@ -51,10 +60,7 @@ async fn one_sidecar_at_a_time_looks_for_doubts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_being_sent_is_not_taken_back_with_what_nobody_had() {
     let Some(server) = postgres::server() else { return };
-    let (proxy, schema) = (Proxy::before(server.url()).await, server.schema("ledger"));
-    let trust = tls::client_config(None).unwrap();
-    let target = Target::parse(&proxy.url(server.url()), None, schema.name(), trust).unwrap();
-    let world = World::new(Arc::new(move |opening| wait(Ledger::open_postgres(target.clone(), opening))));
+    let (proxy, world) = behind_a_proxy(server).await;
     let key = world.key("a", |_| ()).await;
     let ask = Ask::charge("one", 500);
     let held = world.held(key, &ask).await;
@@ -144,4 +150,20 @@ async fn what_a_call_came_to_is_written_though_the_queue_was_full() {
     observer.knows(key, world.mode_of(key));
     let again = observer.admit(key, &ask).await.unwrap();
     assert!(matches!(again, Admitted::Replay { .. }), "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reserve_and_a_settle_are_two_round_trips_each() {
+    let Some(server) = postgres::server() else { return };
+    let (proxy, world) = behind_a_proxy(server).await;
+    let key = world.key("a", |_| ()).await;
+    // Statements are made when they are wanted first.
+    for warm in 0..3 {
+        world.charged(key, &format!("warm-{warm}"), 1).await;
+    }
+    let before = proxy.turns();
+    for number in 0..5 {
+        world.charged(key, &format!("charge-{number}"), 1).await;
+    }
+    assert_eq!(proxy.turns() - before, 5 * 2 * 2);
 }
