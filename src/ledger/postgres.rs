@@ -31,7 +31,7 @@ use crate::ledger::postgres::session::{Own, Session};
 use crate::ledger::postgres::writer::{Writer, unavailable};
 use crate::ledger::query::Reader;
 use crate::ledger::source::Source;
-use crate::ledger::writer::{Mail, next_batch};
+use crate::ledger::writer::{Mail, add_to, next_batch};
 use crate::ledger::{LedgerError, Opening};
 use crate::postgres::Target;
 use crate::time::{Clock, UnixMs};
@@ -130,7 +130,11 @@ async fn write(
     let latched = Arc::downgrade(&store);
     drop(opened.send(Ok(store)));
     let worked = Box::pin(to_its_end(async {
-        while let Some(batch) = next_batch(&mut mail, &notes).await {
+        while let Some(mut batch) = next_batch(&mut mail, &notes).await {
+            let patience = writer.patience();
+            if !patience.is_zero() {
+                add_to(&mut batch, &mut mail, &notes, patience).await;
+            }
             writer.commit(batch).await;
         }
         writer.close().await;

@@ -93,6 +93,23 @@ fn spawn_keeper(store: Arc<RedbStore>, opening: Opening) -> SyncSender<Chore> {
     chores
 }
 
+/// What comes within a time goes along with a batch.
+pub(super) async fn add_to(
+    batch: &mut Vec<Command>,
+    mail: &mut mpsc::Receiver<Mail>,
+    notes: &Notes,
+    within: Duration,
+) {
+    let until = Instant::now() + within;
+    while batch.len() < BATCH_COMMANDS_MAX {
+        match timeout_at(until, mail.recv()).await {
+            Ok(Some(Mail::Command(command))) => batch.push(command),
+            Ok(Some(Mail::Notes)) => batch.extend(taken(notes)),
+            Ok(None) | Err(_) => break,
+        }
+    }
+}
+
 /// What the next commit is for, notes first; `None` when every handle is gone and everything is taken.
 pub(super) async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -> Option<Vec<Command>> {
     let mut next = Some(mail.recv().await?);
@@ -119,6 +136,9 @@ pub(super) async fn next_batch(mail: &mut mpsc::Receiver<Mail>, notes: &Notes) -
             Err(_) => timeout_at(until, mail.recv()).await.ok().flatten(),
         };
     }
-    let notes = notes.take().into_iter().map(|(note, ticket)| Command::Note { note, ticket: Some(ticket) });
-    Some(notes.chain(commands).collect())
+    Some(taken(notes).chain(commands).collect())
+}
+
+fn taken(notes: &Notes) -> impl Iterator<Item = Command> {
+    notes.take().into_iter().map(|(note, ticket)| Command::Note { note, ticket: Some(ticket) })
 }

@@ -149,6 +149,8 @@ pub(super) struct Begun {
     pub(super) at: UnixMs,
     /// Whether others took this run of the process for gone.
     pub(super) fenced: bool,
+    /// How long it waited for its locks.
+    pub(super) waited: Duration,
 }
 
 /// Tables, a bit for the number of each.
@@ -267,7 +269,7 @@ impl Session {
         let mut texts = vec![
             "SELECT fenced, clock_timestamp() FROM boots WHERE boot = $1 FOR UPDATE".to_owned(),
             "INSERT INTO locks SELECT unnest($1::integer[]) ON CONFLICT DO NOTHING".to_owned(),
-            "SELECT count(*)
+            "SELECT count(*), clock_timestamp()
              FROM (SELECT FROM locks WHERE slot = ANY($1::integer[]) ORDER BY slot FOR UPDATE) AS taken"
                 .to_owned(),
         ];
@@ -350,14 +352,15 @@ impl Session {
         let fenced = row.map_or(Ok(true), |row| row.try_get::<_, bool>(0))?;
         let at = row.map_or(Ok(UNIX_EPOCH), |row| row.try_get::<_, SystemTime>(1))?;
         let held = held.first().ok_or_else(missing)?;
-        let count: i64 = held.try_get(0)?;
+        let (count, locked_at): (i64, SystemTime) = (held.try_get(0)?, held.try_get(1)?);
+        let waited = locked_at.duration_since(at).unwrap_or_default();
         let at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         if fenced {
             self.rollback().await?;
         } else if usize::try_from(count) != Ok(locks.len()) {
             return Err(DatabaseError::Unavailable("a lock is missing".to_owned()));
         }
-        Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced })
+        Ok(Begun { at: UnixMs::from_millis(u64::try_from(at).unwrap_or(0)), fenced, waited })
     }
 
     /// Loads rows.

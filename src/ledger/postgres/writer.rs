@@ -45,6 +45,13 @@ const BOOT_TIME_BYTES: usize = 6;
 /// Holds of runs that are gone that one transaction doubts.
 const DOUBTED_AT_ONCE: usize = 100;
 
+/// How much of the time that locks were waited for a batch may wait for more.
+const PATIENCE_PART: u32 = 4;
+/// The least that a timer can wait.
+const PATIENCE_MIN: Duration = Duration::from_millis(1);
+/// The most that a batch waits for more.
+const PATIENCE_MAX: Duration = Duration::from_millis(5);
+
 /// Why a transaction came to nothing.
 #[derive(Debug)]
 enum Trouble {
@@ -92,6 +99,8 @@ pub(super) struct Writer {
     late: Late,
     unknown: Option<Unknown>,
     unclaimed: Unclaimed,
+    /// How long the last transaction waited for its locks.
+    waited: Duration,
 }
 
 /// What is done with the rows of a transaction. It may be done several times, until it has all that it needs.
@@ -116,6 +125,7 @@ impl Writer {
             late,
             unknown: None,
             unclaimed: Unclaimed::default(),
+            waited: Duration::ZERO,
         };
         let joining = writer.opening.clone();
         let mut found = None;
@@ -132,6 +142,13 @@ impl Writer {
         writer.store.know(id, salt, mark);
         writer.doubt_gone(true).await.map_err(told)?;
         Ok(writer)
+    }
+
+    /// How long the next batch may wait for more to come. Where others hold what it wants, it waits for them in any case, and
+    /// whoever goes along with it need not wait for them once more.
+    pub(super) fn patience(&self) -> Duration {
+        let patience = self.waited / PATIENCE_PART;
+        if patience < PATIENCE_MIN { Duration::ZERO } else { patience.min(PATIENCE_MAX) }
     }
 
     /// Executes a batch, commits once, and only then answers.
@@ -338,6 +355,7 @@ impl Writer {
             return Err(Trouble::Fenced);
         }
         self.store.note_time(begun.at);
+        self.waited = begun.waited;
         // One moment for all rounds: what is due depends on it, and would have to be loaded anew for each.
         let now = self.store.now();
         for _ in 0..ROUNDS_MAX {
