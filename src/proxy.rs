@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::http::request::Parts;
 use hyper::{Request, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -32,6 +32,7 @@ use crate::hold::{ExactRequest, Facts};
 use crate::id::RequestId;
 use crate::key::{Constraint, Key};
 use crate::ledger::notes::Note;
+use crate::ledger::query::{Caller, Standing};
 use crate::ledger::rules::{issuer_revoked, keeps_constraints, kill_switch, too_soon};
 use crate::ledger::{Ledger, LedgerError, entry};
 use crate::money::Currency;
@@ -184,22 +185,23 @@ impl Proxy {
                 course.during(Stage::Read, read::drain(body)).await;
                 self.refuse(&refusal, &course)
             }
-            Ok(key) => self.answer_key(&mut course, &key, &head, path, body).await,
+            Ok(caller) => self.answer_caller(&mut course, &caller, &head, path, body).await,
         };
         let timing = course.end(&self.metrics);
         reply.set(SERVER_TIMING, &timing);
         reply
     }
 
-    async fn answer_key(
+    async fn answer_caller(
         &self,
         course: &mut Course,
-        key: &Key,
+        caller: &Caller,
         head: &Parts,
         path: &str,
         body: Incoming,
     ) -> Reply {
-        match self.serve(course, key, head, path, body).await {
+        let key = &caller.key;
+        match self.serve(course, caller, head, path, body).await {
             Ok(reply) => reply,
             Err((No::Recorded(refusal), _)) => self.refuse(&refusal, course),
             Err((No::Refused(refusal), facts)) => {
@@ -236,7 +238,7 @@ impl Proxy {
     }
 
     /// Framing, then who it is. A key that nobody knows is counted, not recorded.
-    async fn authenticate(&self, head: &Parts) -> Result<Key, Refusal> {
+    async fn authenticate(&self, head: &Parts) -> Result<Caller, Refusal> {
         read::framing(head)?;
         let unknown = |message: String| {
             self.metrics.unknown_keys.inc();
@@ -253,8 +255,8 @@ impl Proxy {
                 "This is not a vault key.".to_owned()
             }));
         };
-        match self.ledger.read(|reader| reader.key_by_digest(&secret.digest().0)).await {
-            Ok(Some(key)) => Ok(key),
+        match self.ledger.read(|reader| reader.caller(&secret.digest().0)).await {
+            Ok(Some(caller)) => Ok(caller),
             Ok(None) if self.ledger.is_shared() => {
                 Err(unknown("No such vault key is known to the ledger of this fleet.".to_owned()))
             }
@@ -274,11 +276,12 @@ impl Proxy {
     async fn serve(
         &self,
         course: &mut Course,
-        key: &Key,
+        caller: &Caller,
         head: &Parts,
         path: &str,
         body: Incoming,
     ) -> Result<Reply, (No, Facts)> {
+        let key = &caller.key;
         let request_id = course.request_id.clone();
         let unread = || unread_facts(head, path, &request_id);
         // Held until the request is answered: its body is kept as long.
@@ -287,9 +290,11 @@ impl Proxy {
             course.during(Stage::Read, read::drain(body)).await;
             return Err((overloaded().into(), unread()));
         }
+        // A body may take its time, and the switch be thrown meanwhile.
+        let standing = body.is_end_stream().then_some(caller.standing);
         let body = read::body(&head.headers, body, self.config.body_bytes_max);
         let body = course.during(Stage::Read, body).await;
-        let early = self.may_serve(key).await.and_then(|estate| Ok((estate, body?)));
+        let early = self.may_serve(key, standing).await.and_then(|estate| Ok((estate, body?)));
         let (estate, body): (Estate, Bytes) = early.map_err(|no| (no, unread()))?;
         let reading =
             read::request(head, path, &body, &request_id).map_err(|refusal| (refusal.into(), unread()))?;
@@ -361,18 +366,17 @@ impl Proxy {
         Ok(keeps_constraints(open, hold.as_ref(), seen.as_ref())?)
     }
 
-    /// Whether the key opens anything right now, and for whose account.
-    async fn may_serve(&self, key: &Key) -> Result<Estate, No> {
+    /// Whether the key opens anything right now, and for whose account. How it stands is looked up where it is not known.
+    async fn may_serve(&self, key: &Key, standing: Option<Standing>) -> Result<Estate, No> {
         key.alive(self.ledger.now())?;
-        let found = self.ledger.read(|reader| {
-            let issuer = key.issuer.map(|id| reader.issuer(id)).transpose()?.flatten();
-            Ok((issuer, reader.kill_switch()?.is_some()))
-        });
-        let (issuer, is_stopped) = found.await?;
-        if key.issuer.is_some() && issuer.is_none_or(|issuer| issuer.revoked_at.is_some()) {
+        let standing = match standing {
+            Some(standing) => standing,
+            None => self.ledger.read(|reader| reader.standing(key)).await?,
+        };
+        if !standing.issuer_lives {
             return Err(issuer_revoked().into());
         }
-        if is_stopped {
+        if standing.is_stopped {
             return Err(kill_switch().into());
         }
         if self.account.draining() {

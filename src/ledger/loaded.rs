@@ -119,9 +119,14 @@ impl Loaded {
         Self { locks: Some(locks), ..Self::default() }
     }
 
-    /// To find out what will be needed: rows are what they probably are.
+    /// To find out what whoever writes will need: rows are what they probably are.
     pub(crate) fn to_guess(hints: Hints) -> Self {
-        Self { locks: Some(BTreeSet::new()), hints: Some(hints), ..Self::default() }
+        Self { locks: Some(BTreeSet::new()), ..Self::to_guess_reads(hints) }
+    }
+
+    /// To find out what whoever only reads will need.
+    pub(crate) fn to_guess_reads(hints: Hints) -> Self {
+        Self { hints: Some(hints), ..Self::default() }
     }
 
     pub(crate) fn into_hints(self) -> Hints {

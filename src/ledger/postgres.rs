@@ -25,11 +25,12 @@ use tokio::time::Instant;
 
 use crate::id::{BootId, LedgerId};
 use crate::ledger::command::Late;
-use crate::ledger::loaded::{Loaded, Needs};
+use crate::ledger::loaded::{Hints, Loaded, Needs};
 use crate::ledger::notes::Notes;
 use crate::ledger::postgres::session::{Own, Session};
 use crate::ledger::postgres::writer::{Writer, unavailable};
 use crate::ledger::query::Reader;
+use crate::ledger::row::{CALL_IDS, KEY_DIGESTS, KEYS, OBJECTS};
 use crate::ledger::source::Source;
 use crate::ledger::writer::{Mail, add_to, next_batch};
 use crate::ledger::{LedgerError, Opening};
@@ -68,6 +69,8 @@ pub(crate) struct PostgresStore {
     /// The highest time that was ever used.
     mark: Arc<AtomicU64>,
     clock: Clock,
+    /// What reads have seen lately.
+    hints: Mutex<Hints>,
     /// For reads, which do not wait for the writer.
     reads: tokio::sync::Mutex<Reads>,
     /// Drives the session for reads, whoever reads.
@@ -186,6 +189,7 @@ async fn begin(
         leads: AtomicBool::new(false),
         mark: Arc::default(),
         clock: opening.clock.clone(),
+        hints: Mutex::default(),
         reads: tokio::sync::Mutex::default(),
         runtime: Some(runtime),
     };
@@ -273,21 +277,49 @@ impl PostgresStore {
         *locked(&self.heard) = (Instant::now(), at);
     }
 
-    /// Looks at the ledger, as often as rows have to be fetched for it.
+    /// Looks at the ledger, as often as rows have to be fetched for it: mostly once, since it is found out first what will be
+    /// needed, by what was seen lately. Nothing is answered by that.
     pub(super) async fn read<T>(
         self: &Arc<Self>,
         look: impl Fn(&Reader<'_>) -> Result<T, LedgerError>,
     ) -> Result<T, LedgerError> {
+        let (seen, mut needs) = self.guess(&look);
+        if needs.is_empty() {
+            return seen;
+        }
         let mut loaded = Box::new(Loaded::to_read());
         for _ in 0..LOOKS_MAX {
+            loaded = self.fetch(needs, loaded).await?;
             let seen = look(&Reader::of(Source::Loaded(&loaded), self.id()));
-            let needs = loaded.take_needs();
+            needs = loaded.take_needs();
             if needs.is_empty() {
+                self.note_seen(&loaded);
                 return seen;
             }
-            loaded = self.fetch(needs, loaded).await?;
         }
         Err(LedgerError::Unavailable("more has to be looked through than one answer may".to_owned()))
+    }
+
+    /// What a look at what was seen lately comes to, and which rows it is about.
+    fn guess<T>(
+        &self,
+        look: impl Fn(&Reader<'_>) -> Result<T, LedgerError>,
+    ) -> (Result<T, LedgerError>, Needs) {
+        let mut hints = locked(&self.hints);
+        let loaded = Loaded::to_guess_reads(std::mem::take(&mut *hints));
+        let seen = look(&Reader::of(Source::Loaded(&loaded), self.id()));
+        let needs = loaded.take_needs();
+        *hints = loaded.into_hints();
+        (seen, needs)
+    }
+
+    /// Remembers the rows that lead to others.
+    fn note_seen(&self, loaded: &Loaded) {
+        let leads = [KEY_DIGESTS.number, KEYS.number, OBJECTS.number, CALL_IDS.number].map(usize::from);
+        let mut hints = locked(&self.hints);
+        for (table, key, value) in loaded.rows().filter(|(table, ..)| leads.contains(table)) {
+            hints.note(table, key, value);
+        }
     }
 
     /// Fetches rows, driven by a thread of the store's own: whoever reads may be where nothing else runs.

@@ -78,6 +78,24 @@ pub struct LogState {
     pub last: u64,
 }
 
+/// A vault key, and how it stands.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The key.
+    pub key: Key,
+    /// What it does not say itself.
+    pub standing: Standing,
+}
+
+/// What can keep a key from opening anything, whatever it says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// Whether its issuer is none, or not revoked.
+    pub issuer_lives: bool,
+    /// Whether everything is stopped.
+    pub is_stopped: bool,
+}
+
 /// Reads the ledger.
 #[derive(Clone, Copy, Debug)]
 pub struct Reader<'s> {
@@ -124,7 +142,32 @@ impl<'s> Reader<'s> {
         self.meta_row(meta::KILL_SWITCH)
     }
 
-    /// The vault key with a secret's digest, and whether everything is stopped: what every request asks first.
+    /// What every request asks first.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn caller(&self, digest: &[u8; 32]) -> Result<Option<Caller>, LedgerError> {
+        // Asked in any case, so that whoever has to fetch rows fetches it with the others.
+        let is_stopped = self.kill_switch()?.is_some();
+        let Some(key) = self.key_by_digest(digest)? else { return Ok(None) };
+        let standing = Standing { is_stopped, issuer_lives: self.has_issuer(&key)? };
+        Ok(Some(Caller { key, standing }))
+    }
+
+    /// How a key stands.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn standing(&self, key: &Key) -> Result<Standing, LedgerError> {
+        Ok(Standing { is_stopped: self.kill_switch()?.is_some(), issuer_lives: self.has_issuer(key)? })
+    }
+
+    fn has_issuer(&self, key: &Key) -> Result<bool, LedgerError> {
+        let Some(issuer) = key.issuer else { return Ok(true) };
+        Ok(self.issuer(issuer)?.is_some_and(|issuer| issuer.revoked_at.is_none()))
+    }
+
+    /// The vault key with a secret's digest.
     ///
     /// # Errors
     /// [`LedgerError`].

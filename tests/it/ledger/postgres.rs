@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::fleet::proxy::{AtCommit, Proxy};
 use crate::ledger::reads::wait;
 use crate::ledger::suite::conformance;
-use crate::ledger::world::{Ask, Place, World, usd};
+use crate::ledger::world::{Ask, Place, World, admin, usd};
 use crate::postgres::{self, Server};
 use crate::support::PATIENCE;
 
@@ -166,4 +166,31 @@ async fn a_reserve_and_a_settle_are_two_round_trips_each() {
         world.charged(key, &format!("charge-{number}"), 1).await;
     }
     assert_eq!(proxy.turns() - before, 5 * 2 * 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_is_looked_up_in_one_round_trip() {
+    let Some(server) = postgres::server() else { return };
+    let (proxy, world) = behind_a_proxy(server).await;
+    let key = world.key("a", |_| ()).await;
+    let digest = world.reads().key(key).unwrap().unwrap().digest;
+    let looked = || async {
+        let before = proxy.turns();
+        let caller = world.ledger().read(|reader| reader.caller(&digest)).await.unwrap().unwrap();
+        (proxy.turns() - before, caller)
+    };
+    // What it leads to is not known at first, nor the statement that asks for all of it.
+    for _ in 0..2 {
+        looked().await;
+    }
+    let (turns, caller) = looked().await;
+    assert_eq!((turns, caller.standing.is_stopped, caller.key.revoked_at), (1, false, None));
+    // And nothing is answered by what was seen before.
+    world.ledger().revoke_key(key, admin()).await.unwrap();
+    world.ledger().set_kill_switch(true, "drill".to_owned(), admin()).await.unwrap();
+    let (turns, caller) = looked().await;
+    assert!(
+        turns == 1 && caller.standing.is_stopped && caller.key.revoked_at.is_some(),
+        "{turns} {caller:?}"
+    );
 }
