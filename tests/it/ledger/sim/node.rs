@@ -222,6 +222,10 @@ impl Node {
     /// Puts a new key in the place of one that opens nothing.
     pub(super) async fn renew(&mut self, k: usize) {
         self.process().keeps();
+        if self.process().is_down() {
+            self.process().mend().await;
+            self.learn();
+        }
         self.keys[k] = self.new_key(k).await;
     }
 
