@@ -192,11 +192,6 @@ impl Server {
         }
     }
 
-    /// What a server of these tests has written of itself.
-    pub(crate) fn log(&self) -> String {
-        fs::read_to_string(self.own.as_ref().unwrap().dir.join("log")).unwrap()
-    }
-
     /// Runs statements outside every schema of a test and gives the rows of all; a null is an empty text.
     pub(crate) async fn sql(&self, text: &str) -> Vec<Vec<String>> {
         self.schema("outside").sql(text).await

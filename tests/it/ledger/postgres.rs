@@ -74,42 +74,50 @@ async fn what_is_being_sent_is_not_taken_back_with_what_nobody_had() {
     assert_eq!((counted.spent, counted.held), (usd("5.00"), usd("0.00")));
 }
 
-/// Calls that nobody made before have locks that are not there yet.
+/// Calls that nobody made before have locks that are not there yet. Whoever made them in another order than others would wait
+/// in a circle with them.
 #[tokio::test(flavor = "multi_thread")]
-async fn sidecars_that_make_the_same_locks_do_not_wait_in_a_circle() {
-    const ROUNDS: usize = 12;
-    const CALLS: usize = 40;
-    let Some(server) = Server::own() else { return };
-    let target = server.schema("ledger").target();
-    let place = |node: &str| -> Place {
-        let (target, node) = (target.clone(), node.to_owned());
-        Arc::new(move |opening| {
-            wait(Ledger::open_postgres(target.clone(), Opening { node: node.clone(), ..opening }))
-        })
+async fn locks_are_made_in_their_order() {
+    let Some(server) = postgres::server() else { return };
+    let in_a_schema = || {
+        let schema = server.schema("ledger");
+        let target = schema.target();
+        let place: Place = Arc::new(move |opening| wait(Ledger::open_postgres(target.clone(), opening)));
+        (schema, World::new(place))
     };
-    let first = World::new(place("node-1"));
-    let second = first.beside(place("node-2"));
-    let key = first.key("a", |_| ()).await;
-    second.knows(key, first.mode_of(key));
-    for round in 0..ROUNDS {
-        let mut asked = Vec::new();
-        for at in 0..CALLS {
-            for (world, at) in [(&first, at), (&second, CALLS - 1 - at)] {
-                let command = world.command(key, &Ask::charge(&format!("{round}-{at}"), 1));
-                let ledger = world.ledger().clone();
-                asked.push(tokio::spawn(async move { ledger.admit(key, command).await }));
-            }
-        }
-        let mut held = 0;
-        for admitted in asked {
-            held += usize::from(matches!(admitted.await.unwrap().unwrap(), Admitted::Held(_)));
-        }
-        assert_eq!(held, CALLS, "each of them once");
+    let ask = Ask::charge("one", 500);
+    // Locks go by ids, and both worlds have the same.
+    let (schema, world) = in_a_schema();
+    let key = world.key("a", |_| ()).await;
+    let slots = async || -> Vec<i32> {
+        let rows = schema.sql("SELECT slot FROM locks ORDER BY slot").await;
+        rows.into_iter().map(|row| row[0].parse().unwrap()).collect()
+    };
+    let before = slots().await;
+    drop(world.held(key, &ask).await);
+    let made: Vec<i32> = slots().await.into_iter().filter(|slot| !before.contains(slot)).collect();
+    let (Some(low), Some(high)) = (made.first(), made.last().filter(|_| made.len() > 1)) else {
+        panic!("{made:?}")
+    };
+
+    let (schema, world) = in_a_schema();
+    let key = world.key("a", |_| ()).await;
+    let other = schema.connect().await;
+    let pid: i32 = other.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    other.batch_execute(&format!("BEGIN; INSERT INTO locks VALUES ({low})")).await.unwrap();
+    let (ledger, command) = (world.ledger().clone(), world.command(key, &ask));
+    let admitted = tokio::spawn(async move { ledger.admit(key, command).await });
+    let waits = format!("SELECT 1 FROM pg_stat_activity WHERE {pid} = ANY (pg_blocking_pids(pid))");
+    let since = Instant::now();
+    while schema.sql(&waits).await.is_empty() {
+        assert!(since.elapsed() < PATIENCE, "nobody waits");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let log = server.log();
-    assert!(!log.contains("deadlock detected"), "{log}");
-    let counted = first.total(key, Lane::In);
-    assert_eq!(counted.calls, u64::try_from(ROUNDS * CALLS).unwrap());
+    // Sooner than the server looks for circles.
+    let next = format!("SET LOCAL lock_timeout TO '300ms'; INSERT INTO locks VALUES ({high}); COMMIT");
+    other.batch_execute(&next).await.unwrap();
+    let admitted = admitted.await.unwrap().unwrap();
+    assert!(matches!(admitted, Admitted::Held(_)), "{admitted:?}");
 }
 
 /// More commands wait than the queue holds, for longer than anybody waits for an answer.
