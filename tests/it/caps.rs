@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::standin::faults::{Fault, On};
-use crate::support::{PATIENCE, Reply, Sidecar, world};
+use crate::support::{PATIENCE, Reply, Sidecar, head_of, world};
 
 const TWO_DAYS_S: u64 = 2 * 86_400;
 
@@ -224,6 +225,31 @@ async fn the_kill_switch_stops_everything_until_it_is_off() {
     let switched = sidecar.audit("event=kill_switch&events=all").await;
     let told: Vec<_> = switched.iter().map(|one| (&one["detail"]["on"], &one["detail"]["reason"])).collect();
     assert_eq!(told, [(&json!(true), &on["reason"]), (&json!(false), &off["reason"])]);
+}
+
+/// Whoever sends slowly was let in before the switch was thrown.
+#[tokio::test]
+async fn the_kill_switch_stops_what_is_still_arriving() {
+    let (standin, sidecar) = world().await;
+    let endpoints = json!({"allowed_endpoints": ["POST /v1/charges", "POST /v1/customers"]});
+    let (key, _) = sidecar.mint("10.00", endpoints).await;
+    let body = "description=x&amount=100&currency=usd&customer=cus_1&source=tok_visa";
+    let mut slow = Vec::new();
+    for path in ["/v1/charges", "/v1/customers"] {
+        slow.push(head_of(&sidecar, &key, path, "order-1", body).await);
+    }
+    // Time for their heads to be read.
+    assert_eq!(sidecar.charge(&key, "order-2", 100, "cus_1").await.status, 200);
+    let on = json!({"on": true, "reason": "a runaway flow"});
+    assert_eq!(sidecar.admin("POST", "/admin/kill_switch", Some(&on)).await.status, 200);
+    let seen = standin.requests().len();
+    for mut stream in slow {
+        stream.write_all(body.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"kill_switch\""), "{answer}");
+    }
+    assert_eq!(standin.requests().len(), seen, "nothing was sent");
 }
 
 #[tokio::test]

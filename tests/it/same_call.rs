@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::standin::Standin;
 use crate::standin::bank::Kind;
 use crate::standin::faults::{Fault, On};
-use crate::support::{Reply, Sidecar, world, world_with};
+use crate::support::{Reply, Sidecar, head_of, world, world_with};
 
 /// A UUID as SDKs make one up for each call.
 fn random_key(n: u32) -> String {
@@ -459,19 +459,6 @@ async fn mount_order_expand_and_version_are_no_part_of_a_call() {
     assert!(sent[1].body.contains("currency=usd"), "forwarded in lower case: {}", sent[1].body);
 }
 
-/// A request under a bearer, written by hand: the head at once, the body when the test says.
-async fn head_of(sidecar: &Sidecar, key: &str, name: &str, body: &str) -> tokio::net::TcpStream {
-    let address = sidecar.base.strip_prefix("http://").unwrap();
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let head = format!(
-        "POST /v1/charges HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {key}\r\nidempotency-key: {name}\r\n\
-         content-type: application/x-www-form-urlencoded\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    stream
-}
-
 #[tokio::test]
 async fn one_who_waits_too_long_is_told_to_come_again() {
     let (standin, sidecar) = world_with(&[("UPSTREAM_TIMEOUT_MS", "1000")]).await;
@@ -479,7 +466,7 @@ async fn one_who_waits_too_long_is_told_to_come_again() {
     let (key, _) = sidecar.mint("100.00", json!({})).await;
     let body = "amount=2999&currency=usd&customer=cus_9&source=tok_visa";
     // Its time runs from its head; the leader comes later and so has longer.
-    let mut waiter = head_of(&sidecar, &key, "order-1", body).await;
+    let mut waiter = head_of(&sidecar, &key, "/v1/charges", "order-1", body).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     standin.fault(Fault::Hold);
     let leader = {
@@ -533,7 +520,7 @@ async fn a_caller_that_hangs_up_cancels_nothing() {
     let (key, id) = sidecar.mint("100.00", json!({})).await;
     let body = "amount=2999&currency=usd&customer=cus_9&source=tok_visa";
     standin.fault(Fault::Hold);
-    let mut caller = head_of(&sidecar, &key, "order-1", body).await;
+    let mut caller = head_of(&sidecar, &key, "/v1/charges", "order-1", body).await;
     caller.write_all(body.as_bytes()).await.unwrap();
     standin.until_held(1).await;
     drop(caller);

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use crate::standin::{Options, Standin};
@@ -436,4 +437,23 @@ async fn read(answer: reqwest::Response) -> Reply {
     let text = answer.text().await.unwrap();
     let body = serde_json::from_str(&text).unwrap_or_default();
     Reply { status, headers, text, body }
+}
+
+/// A request under a bearer, written by hand: the head at once, the body when the test says.
+pub(crate) async fn head_of(
+    sidecar: &Sidecar,
+    key: &str,
+    path: &str,
+    name: &str,
+    body: &str,
+) -> tokio::net::TcpStream {
+    let address = sidecar.base.strip_prefix("http://").unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer {key}\r\nidempotency-key: {name}\r\n\
+         content-type: application/x-www-form-urlencoded\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
 }

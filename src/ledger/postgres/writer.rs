@@ -28,7 +28,7 @@ use crate::ledger::{LedgerError, Opening, Sending};
 use crate::postgres::DatabaseError;
 use crate::time::UnixMs;
 
-/// How often a transaction is begun anew: another stood in its way, or a lock was missing.
+/// How often a transaction is begun anew, because another stood in its way.
 const TRIES_MAX: usize = 12;
 /// How often a transaction is begun with more locks than before.
 const WIDER_MAX: usize = 64;
