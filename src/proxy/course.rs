@@ -60,10 +60,10 @@ impl Course {
     }
 }
 
-/// Adds an entry in milliseconds with three decimals, in whole microseconds: floats take most of the time of a header that
-/// every answer has.
+/// Adds an entry in milliseconds with three decimals, rounded to the nearest microsecond. Floats would take most of the
+/// time of a header that every answer has.
 fn put_entry(timing: &mut String, name: &str, took: Duration) {
-    let micros = took.as_micros();
+    let micros = (took.as_nanos() + 500) / 1_000;
     let (millis, micros) = (micros / 1_000, micros % 1_000);
     let mut decimals = [b'0'; 3];
     let mut rest = micros;
@@ -76,4 +76,30 @@ fn put_entry(timing: &mut String, name: &str, took: Duration) {
     timing.push_str(&millis.to_string());
     timing.push('.');
     timing.extend(decimals.map(char::from));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_rounded_to_the_nearest_microsecond() {
+        let told = |nanos| {
+            let mut timing = String::new();
+            put_entry(&mut timing, "ledger", Duration::from_nanos(nanos));
+            timing
+        };
+        for (nanos, says) in [
+            (0, "ledger;dur=0.000"),
+            (499, "ledger;dur=0.000"),
+            (500, "ledger;dur=0.001"),
+            (1_499, "ledger;dur=0.001"),
+            (999_499, "ledger;dur=0.999"),
+            (999_500, "ledger;dur=1.000"),
+            (1_050_000, "ledger;dur=1.050"),
+            (86_400_000_000_000, "ledger;dur=86400000.000"),
+        ] {
+            assert_eq!(told(nanos), says, "{nanos} ns");
+        }
+    }
 }
