@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `audit` | place | SHA-256, then the hashed bytes |
 //! | `audit_last` | call id | place of the call's last event |
-//! | `audit_postings` | term, block of 4,096 places | which of them have the term |
+//! | `audit_postings` | segment of the log; term, block of 4,096 places | which of them have the term |
 //! | `audit_zones` | level, number | the earliest and the latest time of each of 64 stretches of the log |
 //! | `audit_index` | name | number: up to which place the others follow `audit`, and by which rules they were made |
 //!
@@ -21,6 +21,7 @@
 mod bits;
 mod fields;
 mod index;
+mod postings;
 mod query;
 mod terms;
 mod zones;
@@ -37,8 +38,8 @@ pub use query::query;
 
 type Bytes = &'static [u8];
 
-/// By which rules this build makes the index: raised whenever a record gets other terms.
-const INDEX_VERSION: u64 = 2;
+/// By which rules this build makes the index: raised whenever a record gets other terms, or they other keys.
+const INDEX_VERSION: u64 = 3;
 /// In `audit_index`: [`INDEX_VERSION`] of whoever made it.
 const VERSION: &str = "version";
 /// In `audit_index`: the last place that it covers.
@@ -46,7 +47,7 @@ const INDEXED_TO: &str = "indexed_to";
 
 pub(crate) const AUDIT: TableDefinition<'_, u64, Bytes> = TableDefinition::new("audit");
 const AUDIT_LAST: TableDefinition<'_, &[u8; 16], u64> = TableDefinition::new("audit_last");
-const POSTINGS: TableDefinition<'_, (u64, u64), Bytes> = TableDefinition::new("audit_postings");
+const POSTINGS: TableDefinition<'_, postings::Key, Bytes> = TableDefinition::new("audit_postings");
 const ZONES: TableDefinition<'_, zones::Key, Bytes> = TableDefinition::new("audit_zones");
 const INDEX: TableDefinition<'_, &str, u64> = TableDefinition::new("audit_index");
 

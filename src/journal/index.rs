@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::journal::bits::{Bits, block_of};
 use crate::journal::fields::Fields;
+use crate::journal::postings;
 use crate::journal::terms::{self, Term};
 use crate::journal::{
     AUDIT, AUDIT_LAST, Bytes, INDEX, INDEX_VERSION, INDEXED_TO, JournalError, POSTINGS, VERSION, ZONES,
@@ -154,23 +155,24 @@ fn last_events(
 }
 
 /// Rows of postings as they are to be; empty ones go.
-type Rows = Vec<((u64, u64), Bits)>;
+type Rows = Vec<(postings::Key, Bits)>;
 
 /// The rows of postings that are changed, by the sets that make up the change.
 fn changed(
-    table: &impl ReadableTable<(u64, u64), Bytes>,
+    table: &impl ReadableTable<postings::Key, Bytes>,
     mut postings: Vec<Posting>,
     by: impl Fn(&mut Bits, &Bits),
 ) -> Result<Rows, JournalError> {
     let mut rows = Vec::new();
-    postings.sort_unstable();
+    // As the rows are: neighbours share pages.
+    postings.sort_unstable_by_key(|(term, place)| (postings::key(*term, block_of(*place)), *place));
     for row in postings.chunk_by(|(a, of), (b, next)| a == b && block_of(*of) == block_of(*next)) {
         let Some((term, place)) = row.first() else { continue };
         let mut change = Bits::NONE;
         for (_, place) in row {
             change.add(*place);
         }
-        let key = (term.0, block_of(*place));
+        let key = postings::key(*term, block_of(*place));
         let known = table.get(key)?.map(|stored| Bits::decode(stored.value())).transpose()?;
         let known = known.unwrap_or(Bits::NONE);
         let mut bits = known.clone();
@@ -182,7 +184,7 @@ fn changed(
     Ok(rows)
 }
 
-fn write(table: &mut Table<'_, (u64, u64), Bytes>, rows: Rows) -> Result<(), JournalError> {
+fn write(table: &mut Table<'_, postings::Key, Bytes>, rows: Rows) -> Result<(), JournalError> {
     for (key, bits) in rows {
         if bits.is_empty() {
             table.remove(key)?;

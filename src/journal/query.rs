@@ -1,9 +1,10 @@
 //! What is asked of the log: lists of the index are followed side by side, block by block, and only records that stand in
 //! all of them are read and compared.
 //!
-//! What a page costs does not grow with the log where one of the lists is short: each other list is looked up once for
-//! each block of that one. Two lists that are both long and hardly overlap cost one row each for every 4,096 places, which
-//! is what their sets are compared by. A page that has cost [`COST_MAX`] ends, and says from where to go on.
+//! Where one of the lists is short, a page costs a row for every segment of the log ([`crate::journal::postings`]), and each
+//! other list is looked up once for each block of that one. Two lists that are both long and hardly overlap cost one row
+//! each for every 4,096 places, which is what their sets are compared by. A page that has cost [`COST_MAX`] ends, and says
+//! from where to go on.
 
 use std::collections::HashMap;
 
@@ -13,6 +14,7 @@ use serde_json::{Map, Value};
 use crate::id::CallId;
 use crate::journal::bits::{Bits, block_of, first_of, last_of};
 use crate::journal::fields::Fields;
+use crate::journal::postings::{self, Sought};
 use crate::journal::terms::{self, Term};
 use crate::journal::zones::{self, Window};
 use crate::journal::{
@@ -239,7 +241,7 @@ impl Search<'_> {
 
 /// The lists in all of which a record must stand, and the window of time.
 struct Lists {
-    postings: ReadOnlyTable<(u64, u64), Bytes>,
+    postings: ReadOnlyTable<postings::Key, Bytes>,
     terms: Vec<Found>,
     window: Option<Window<ReadOnlyTable<zones::Key, Bytes>>>,
     /// Rows of postings that were read.
@@ -255,7 +257,7 @@ struct Found {
 impl Lists {
     fn of(
         filter: &AuditFilter,
-        postings: ReadOnlyTable<(u64, u64), Bytes>,
+        postings: ReadOnlyTable<postings::Key, Bytes>,
         zones: Option<ReadOnlyTable<zones::Key, Bytes>>,
     ) -> Self {
         let is_windowed = filter.since.is_some() || filter.until.is_some();
@@ -280,14 +282,11 @@ impl Lists {
             let is_ahead = |block: u64| if ascending { block >= target } else { block <= target };
             if list.row.as_ref().is_none_or(|(block, _)| !is_ahead(*block)) {
                 self.rows += 1;
-                let term = list.term.0;
-                let found = if ascending {
-                    self.postings.range((term, target)..=(term, u64::MAX))?.next()
-                } else {
-                    self.postings.range((term, 0)..=(term, target))?.next_back()
-                };
-                let Some((key, stored)) = found.transpose()? else { return Ok(None) };
-                list.row = Some((key.value().1, Bits::decode(stored.value())?));
+                match postings::seek(&self.postings, list.term, target, ascending)? {
+                    Sought::Row(block, bits) => list.row = Some((block, bits)),
+                    Sought::NotBefore(block) => return Ok(Some(block)),
+                    Sought::End => return Ok(None),
+                }
             }
             if let Some((block, _)) = list.row.as_ref().filter(|(block, _)| *block != target) {
                 return Ok(Some(*block));
@@ -310,7 +309,7 @@ impl Lists {
         }
         if !all_events && !places.is_empty() {
             self.rows += 1;
-            if let Some(stored) = self.postings.get((Term::SUPERSEDED.0, block))? {
+            if let Some(stored) = self.postings.get(postings::key(Term::SUPERSEDED, block))? {
                 places.remove(&Bits::decode(stored.value())?);
             }
         }

@@ -42,9 +42,11 @@ const WORD_CHARS_MAX: usize = 200;
 /// The longest beginning of a label that has a list for its length alone.
 const BEGINNING_BYTES_MAX: usize = 32;
 
-/// Stands for one list of the index.
+/// Stands for one list of the index. Of 61 bits: the rest of a row's key is its block ([`crate::journal::postings`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Term(pub(super) u64);
+
+const UNUSED_BITS: u32 = 3;
 
 impl Term {
     /// Every record.
@@ -59,7 +61,7 @@ impl Term {
             hash.update([0]);
         }
         let digest: [u8; 32] = hash.finalize().into();
-        Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()))
+        Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()) >> UNUSED_BITS)
     }
 }
 

@@ -403,3 +403,25 @@ fn little_is_read_for_little() {
         }
     }
 }
+
+/// Where a term is rare, every segment of the log is asked once whether it has it, and gaps between segments are not.
+#[test]
+fn a_rare_term_costs_a_row_for_each_segment() {
+    const SEGMENT: u64 = 8 * 4_096;
+    let mut log = Log::new();
+    let mut dice = Dice(3);
+    let places = (0..40).chain(1_000_000..1_000_040).flat_map(|n| [n * SEGMENT + 1, n * SEGMENT + 20_000]);
+    let mut rare = |place| Entry {
+        label: (place == 30 * SEGMENT + 1).then(|| "rare".to_owned()),
+        ..entry(&mut dice, place)
+    };
+    log.append(places.map(|place| (place, rare(place))).collect::<Vec<_>>());
+    log.index_all();
+    for ascending in [false, true] {
+        let equal = vec![("label", "rare".to_owned())];
+        let filter = AuditFilter { equal, ascending, all_events: true, ..AuditFilter::default() };
+        let (found, cost) = log.found(&filter, 9, 10_000);
+        assert_eq!(found.len(), 1);
+        assert!((30..=90).contains(&cost.index) && cost.records == 1, "{cost:?}");
+    }
+}
