@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
 use redb::{Key, Value, WriteTransaction};
 
 use crate::ledger::LedgerError;
@@ -18,7 +19,8 @@ pub(crate) enum Change<'a> {
     Put(&'a [u8]),
 }
 
-type Rows = HashMap<Box<[u8]>, Option<Box<[u8]>>>;
+/// Most keys are digests or ids of ours, and the hash has a seed that nobody outside knows.
+type Rows = HashMap<Box<[u8]>, Option<Box<[u8]>>, RandomState>;
 
 /// The last change of each row.
 #[derive(Debug, Default)]

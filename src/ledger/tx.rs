@@ -493,7 +493,9 @@ impl<'t> Tx<'t> {
         let caller = hold.live.as_ref().map_or(hold.key_id, |live| live.key_id);
         let missing = LedgerError::Contradiction("a hold has no key");
         let key = self.key(caller)?.ok_or_else(|| missing.clone())?;
-        let owner = self.key(hold.key_id)?.ok_or(missing)?;
+        // Mostly one and the same: a key's row is long.
+        let other = if hold.key_id == caller { None } else { Some(self.key(hold.key_id)?.ok_or(missing)?) };
+        let owner = other.as_ref().unwrap_or(&key);
         let mut others = Vec::new();
         for other in resolve::others_of(&hold) {
             others.extend(self.call_by_id(other)?);
@@ -501,8 +503,7 @@ impl<'t> Tx<'t> {
         let known =
             command.objects.first().map(|object| self.hold_of_object(&hold.account, object)).transpose()?;
         let object_over = known.flatten().is_some_and(|known| known.id != hold.id && known.object_over);
-        let state =
-            InFlight { hold: &hold, call: &call, others: &others, key: &key, owner: &owner, object_over };
+        let state = InFlight { hold: &hold, call: &call, others: &others, key: &key, owner, object_over };
         let effects = resolve::resolve(&state, command, now);
         self.write(&effects, now)
     }
