@@ -19,7 +19,7 @@ const LARGE: u64 = 1_000_000;
 const OF_INTEREST: u64 = 20;
 /// Records that are written, and taken into the index, by one commit: the latter as many as the ledger's own step.
 const WRITTEN: u64 = 2_000;
-const INDEXED: usize = 500;
+const INDEXED: usize = 2_000;
 const PAGE: usize = 100;
 const ROUNDS: usize = 9;
 const START_MS: u64 = 1_784_000_000_000;
