@@ -11,7 +11,8 @@ use crate::journal::bits::Bits;
 use crate::journal::terms::Term;
 use crate::journal::{Bytes, JournalError};
 
-const SEGMENT_BITS: u32 = 3;
+/// What a term's number leaves free for it.
+pub(super) const SEGMENT_BITS: u32 = 3;
 /// Blocks of one segment.
 const SEGMENT_BLOCKS: u64 = 1 << SEGMENT_BITS;
 

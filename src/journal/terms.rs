@@ -7,6 +7,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::journal::AuditFilter;
 use crate::journal::fields::Fields;
+use crate::journal::postings::SEGMENT_BITS;
 
 /// Fields that have a list for each of their values.
 const EQUAL: &[&str] = &[
@@ -42,11 +43,9 @@ const WORD_CHARS_MAX: usize = 200;
 /// The longest beginning of a label that has a list for its length alone.
 const BEGINNING_BYTES_MAX: usize = 32;
 
-/// Stands for one list of the index. Of 61 bits: the rest of a row's key is its block ([`crate::journal::postings`]).
+/// Stands for one list of the index. Its number has 61 bits: those of its block follow in a row's key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Term(pub(super) u64);
-
-const UNUSED_BITS: u32 = 3;
 
 impl Term {
     /// Every record.
@@ -61,7 +60,7 @@ impl Term {
             hash.update([0]);
         }
         let digest: [u8; 32] = hash.finalize().into();
-        Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()) >> UNUSED_BITS)
+        Self(u64::from_be_bytes(digest.first_chunk().copied().unwrap_or_default()) >> SEGMENT_BITS)
     }
 }
 
