@@ -4,8 +4,8 @@
 //! sidecar itself is started on what has grown, after a clean stop and after a SIGKILL under load, and at last all of it is
 //! pruned while calls are made.
 //!
-//! `GROWTH_CALLS` (100,000) is how far it grows, tenfold each time; a million takes five minutes and 8 GB of the disk, of
-//! which the index of the audit log follows before anything is measured. `GROWTH_ROUNDS` (5) is how often each size is measured,
+//! `GROWTH_CALLS` (100,000) is how far it grows, tenfold each time; a million takes seven minutes and 8 GB of the disk.
+//! The index of the audit log follows before anything is measured. `GROWTH_ROUNDS` (5) is how often each size is measured,
 //! `GROWTH_ANSWERS=0` leaves what Stripe answered out of the ledger, and `GROWTH_JSON` names a file for all figures. No
 //! figure is asserted: it fails when something does not run, or does not do what is measured.
 #![expect(clippy::disallowed_methods, reason = "a benchmark asks the machine's clock and its environment")]
